@@ -1,0 +1,67 @@
+# make demo: a real model answers a question about a long text on two sequence-parallel ranks of this machine.
+# make test: everything that CI runs. Both need Python 3.11 and make, and repeat nothing that is there already.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# More pip options for torch alone, such as an --index-url of CPU wheels.
+TORCH_ARGS ?=
+SPS2_CACHE ?= $(HOME)/.cache/megatron_sps2
+export SPS2_CACHE
+
+BIN := .venv/bin
+MODEL := SmolLM2-135M-Instruct
+GGUF := $(SPS2_CACHE)/$(MODEL).Q4_1.gguf
+CHECKPOINT := $(SPS2_CACHE)/$(MODEL)
+CONVERTED := $(CHECKPOINT)/latest_checkpointed_iteration.txt
+
+.PHONY: help venv venv-test model demo lint test clean
+
+help:
+	@echo "make demo   set up, fetch SmolLM2, answer a question about a long text on 2 ranks"
+	@echo "make test   set up, fetch SmolLM2, lint, types, import floors, tests"
+	@echo "make venv | venv-test | model | lint | clean"
+
+venv: .venv/.installed
+venv-test: .venv/.installed-test
+model: $(CONVERTED)
+
+# torch comes first and alone: chosen together with the others, pip may take a CUDA build of several gigabytes.
+.venv/.installed: requirements.txt setup.py
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=...")'
+	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+.venv/.installed-test: .venv/.installed requirements-test.txt
+	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+	touch $@
+
+$(GGUF): | .venv/.installed
+	$(BIN)/python examples/fetch_smollm2.py "$(SPS2_CACHE)"
+
+# Converted beside its place and then moved there: a checkpoint is there whole or not at all.
+$(CONVERTED): | $(GGUF)
+	rm -rf "$(CHECKPOINT).partial" "$(CHECKPOINT)"
+	$(BIN)/sps2 convert "$(GGUF)" "$(CHECKPOINT).partial"
+	mv "$(CHECKPOINT).partial" "$(CHECKPOINT)"
+
+demo: venv model
+	$(BIN)/sps2 generate --checkpoint "$(CHECKPOINT)" --sp 2 --chat --prompt-file examples/prompt.txt \
+		--max-tokens 96 --temperature 0 --dtype float32 --report
+
+lint: venv-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: venv-test model lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""Converters from other model formats to Megatron checkpoints. Never imports the engine."""

@@ -1,0 +1,52 @@
+"""What every converter reads from: a model's shape, its weights under Hugging Face names, its tokenizer.
+
+Knows no file format; hf.py and gguf.py do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_sps2.config import DType, ModelConfig
+from megatron_sps2.model.weights import hf_shapes
+
+
+class Source(Protocol):
+    """An opened model to convert from."""
+
+    path: Path
+    model: ModelConfig
+    dtype: DType  # what the weights are converted to unless the user says otherwise
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every weight in the files, by Hugging Face name."""
+        ...
+
+    def fetch(self, name: str) -> Tensor:
+        """One weight, as Hugging Face lays it out."""
+        ...
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Puts tokenizer.json, tokenizer_config.json and what belongs to them into `folder`."""
+        ...
+
+
+def check_weights(source: Source) -> None:
+    """Raises ValueError naming weights that are missing, unexpected or of another shape than the config says."""
+    expected = hf_shapes(source.model)
+    found = source.shapes
+    complaints = [f"{name} {shape} is missing" for name, shape in expected.items() if name not in found]
+    complaints += [f"{name} {shape} is unexpected" for name, shape in found.items() if name not in expected]
+    complaints += [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != shape
+    ]
+    if complaints:
+        shown = "; ".join(complaints[:8]) + (f"; and {len(complaints) - 8} more" if len(complaints) > 8 else "")
+        raise ValueError(f"the weights in {source.path} do not fit its config: {shown}")

@@ -1,0 +1,129 @@
+"""Paged, sequence-sharded KV cache: the blocks that this rank holds.
+
+Storage and block tables of one shard. Which blocks a request gets is decided by the engine's block manager on
+rank 0; here a write that would pass the granted blocks is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_sps2.config import CacheConfig, KVCacheFull
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRun:
+    """Neighbouring cache slots start <= slot < stop."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(slots=True)
+class BlockTable:
+    """The blocks of one request in this shard, in order of its tokens here, and how many tokens they hold."""
+
+    blocks: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+class KVCache:
+    """Keys and values of every layer, each `[n_kv, num_slots, d]`, and this rank's block tables."""
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config = config
+        # Slots of one head lie together, so that a head's keys are one matrix [slots, d] for the kernels.
+        shape = (num_kv_heads, config.tokens_per_rank, head_dim)
+        self._keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self._tables: dict[int, BlockTable] = {}
+
+    def num_tokens(self, request_id: int) -> int:
+        """Tokens of the request in this shard."""
+        table = self._tables.get(request_id)
+        return table.num_tokens if table else 0
+
+    @property
+    def num_used_blocks(self) -> int:
+        return sum(len(table.blocks) for table in self._tables.values())
+
+    @property
+    def bytes_per_token(self) -> int:
+        """K and V of one token over all layers on this rank."""
+        num_kv_heads, _, head_dim = self._keys[0].shape
+        return 2 * len(self._keys) * num_kv_heads * head_dim * self._keys[0].element_size()
+
+    def grant(self, request_id: int, blocks: list[int]) -> None:
+        """Adds `blocks` to the request's table."""
+        self._tables.setdefault(request_id, BlockTable()).blocks.extend(blocks)
+
+    def extend(self, request_id: int, num_tokens: int) -> list[SlotRun]:
+        """Room for `num_tokens` more tokens of the request, for all layers at once.
+
+        Raises KVCacheFull, and changes nothing, when the granted blocks do not suffice.
+        """
+        table = self._tables.setdefault(request_id, BlockTable())
+        first, last = table.num_tokens, table.num_tokens + num_tokens
+        if last > len(table.blocks) * self.config.block_size:
+            raise KVCacheFull(
+                f"request {request_id} needs {last} KV slots on this rank but was granted "
+                f"{len(table.blocks)} blocks of {self.config.block_size}"
+            )
+        table.num_tokens = last
+        return self.runs(request_id, first, last)
+
+    def runs(self, request_id: int, start: int, stop: int) -> list[SlotRun]:
+        """Where tokens start <= i < stop of the request's shard lie: as few runs of slots as its blocks allow."""
+        size, found = self.config.block_size, list[SlotRun]()
+        table = self._tables.get(request_id, BlockTable())
+        while start < stop:
+            slot = table.blocks[start // size] * size + start % size
+            count = min(stop - start, size - start % size)
+            if found and found[-1].stop == slot:
+                found[-1] = SlotRun(found[-1].start, slot + count)
+            else:
+                found.append(SlotRun(slot, slot + count))
+            start += count
+        return found
+
+    def write(self, layer: int, runs: list[SlotRun], k: Tensor, v: Tensor) -> None:
+        """k, v [s, n_kv, d] into the slots of `runs`, which together are s long."""
+        assert sum(map(len, runs)) == len(k), f"{len(k)} tokens for {sum(map(len, runs))} slots"
+        first = 0
+        for run in runs:
+            last = first + len(run)
+            self._keys[layer][:, run.start : run.stop] = k[first:last].transpose(0, 1)
+            self._values[layer][:, run.start : run.stop] = v[first:last].transpose(0, 1)
+            first = last
+
+    def read(self, layer: int, runs: list[SlotRun]) -> tuple[Tensor, Tensor]:
+        """k, v [s, 1, n_kv, d] of `runs`: views of the cache when there is one run, gathered when there are more."""
+        return _gather(self._keys[layer], runs), _gather(self._values[layer], runs)
+
+    def free(self, request_id: int) -> None:
+        """Forgets the request's tokens; unknown requests are fine (a rank may hold none of its tokens)."""
+        self._tables.pop(request_id, None)
+
+
+def _gather(slots: Tensor, runs: list[SlotRun]) -> Tensor:
+    """[n_kv, num_slots, d] -> [s, 1, n_kv, d]"""
+    if len(runs) == 1:
+        found = slots[:, runs[0].start : runs[0].stop]
+    else:
+        found = torch.cat([slots[:, run.start : run.stop] for run in runs] or [slots[:, :0]], dim=1)
+    return found.transpose(0, 1).unsqueeze(1)

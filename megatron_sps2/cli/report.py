@@ -1,0 +1,132 @@
+"""What a run measured, as a table for people and as JSON for machines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from megatron_sps2.config import ModelConfig, ParallelConfig
+from megatron_sps2.engine.request import Request
+from megatron_sps2.parallel.ledger import Ledger
+from megatron_sps2.parallel.traffic import Traffic
+
+ELEMENT_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+# What the strategies' formulas speak of; plans, samples and moved KV of new tokens are listed by themselves.
+PREFILL_COLLECTIVES = (
+    *("seq_to_heads_k", "seq_to_heads_q", "seq_to_heads_v", "heads_to_seq"),
+    *("exchange_k", "exchange_v", "gather_queries", "return_partials"),
+)
+DECODE_COLLECTIVES = ("gather_queries", "return_partials")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """One finished request; `ledgers` of all ranks of the replica, tp innermost."""
+
+    request: Request
+    text: str
+    model: ModelConfig
+    parallel: ParallelConfig
+    dtype: str
+    strategy: str
+    kv_tokens_per_rank: list[int]
+    ledgers: list[Ledger]
+
+    @property
+    def ttft_ms(self) -> float:
+        return 1e3 * (self.request.token_times[0] - self.request.arrived_at)
+
+    @property
+    def tbt_ms(self) -> dict[str, float | None]:
+        """Time between tokens; None with fewer than two tokens."""
+        gaps = 1e3 * np.diff(self.request.token_times)
+        if not len(gaps):
+            return {"mean": None, "p50": None, "p99": None}
+        p50, p99 = np.percentile(gaps, [50, 99])
+        return {"mean": float(gaps.mean()), "p50": float(p50), "p99": float(p99)}
+
+    @property
+    def num_decode_steps(self) -> int:
+        return max(0, len(self.request.output) - 1)
+
+    def to_json(self) -> dict[str, Any]:
+        found = {
+            "text": self.text,
+            "token_ids": self.request.output_ids,
+            "prompt_tokens": self.request.num_prompt_tokens,
+            "finish_reason": str(self.request.finish_reason),
+            "ttft_ms": self.ttft_ms,
+            "tbt_ms": self.tbt_ms,
+            "kv_tokens_per_rank": self.kv_tokens_per_rank,
+            "ledger": {"prefill": self.prefill_traffic(), "decode": self.decode_traffic()},
+        }
+        if self.request.params.logprobs is not None:
+            found["logprobs"] = [
+                {"token_id": t.token_id, "logprob": t.logprob, "top": dict(t.top_logprobs)}
+                for t in self.request.output
+            ]
+        return found
+
+    def prefill_traffic(self) -> dict[str, Any]:
+        """Bytes per rank and layer of the prompt's attention, measured beside the formula (the mean over ranks)."""
+        formula = getattr(self._traffic, self.strategy)(self.request.num_prompt_tokens)
+        return {"strategy": self.strategy, **self._compare("prefill", PREFILL_COLLECTIVES, 1, formula)}
+
+    def decode_traffic(self) -> dict[str, Any]:
+        """The same for one decode step."""
+        return self._compare("decode", DECODE_COLLECTIVES, self.num_decode_steps, self._traffic.decode(1))
+
+    @property
+    def _traffic(self) -> Traffic:
+        return Traffic(model=self.model, parallel=self.parallel, element_size=ELEMENT_SIZE[self.dtype])
+
+    def _compare(
+        self, phase: str, collectives: tuple[str, ...], num_steps: int, formula: float
+    ) -> dict[str, Any]:
+        share = self.model.num_layers * max(1, num_steps)
+        measured = [ledger.total(phase, *collectives) / share for ledger in self.ledgers]
+        return {
+            "bytes_per_rank_per_layer": measured,
+            "mean_bytes_per_rank_per_layer": sum(measured) / len(measured),
+            "formula_bytes_per_rank_per_layer": formula if num_steps else 0.0,
+            "bytes_by_collective_per_rank": [ledger.by_collective(phase) for ledger in self.ledgers],
+        }
+
+
+def print_table(report: Report) -> None:
+    """The end table of `sps2 generate --report`."""
+    table = Table(
+        show_header=False,
+        title=f"sp {report.parallel.sp_size} x tp {report.parallel.tp_size}, {report.dtype}",
+    )
+    for name, value in _rows(report):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _rows(report: Report) -> list[tuple[str, str]]:
+    tbt, num_tokens = report.tbt_ms, len(report.request.output)
+    prefill, decode = report.prefill_traffic(), report.decode_traffic()
+    seconds = report.request.token_times[-1] - report.request.token_times[0]
+
+    def beside(found: dict[str, Any]) -> str:
+        measured, formula = found["mean_bytes_per_rank_per_layer"], found["formula_bytes_per_rank_per_layer"]
+        return f"{measured:,.0f} B (formula {formula:,.0f} B)"
+
+    return [
+        ("prompt tokens", f"{report.request.num_prompt_tokens:,}"),
+        ("answer tokens", f"{num_tokens:,}, ended by {report.request.finish_reason}"),
+        (
+            "TTFT",
+            f"{report.ttft_ms:,.0f} ms ({report.request.num_prompt_tokens / report.ttft_ms * 1e3:,.0f} tokens/s)",
+        ),
+        ("TBT p50 / p99", f"{tbt['p50']:,.1f} / {tbt['p99']:,.1f} ms" if tbt["p50"] is not None else "-"),
+        ("decode tokens/s", f"{(num_tokens - 1) / seconds:,.1f}" if seconds else "-"),
+        ("KV tokens held per rank", " + ".join(f"{count:,}" for count in report.kv_tokens_per_rank)),
+        (f"prefill sent per rank and layer ({prefill['strategy']})", beside(prefill)),
+        ("decode sent per rank, layer and token", beside(decode)),
+    ]

@@ -1,0 +1,175 @@
+"""Frozen configuration: model, ranks, attention, cache, sampling.
+
+Plain data and its checks. Knows no torch, no process group, no file format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+PREFILL_STRATEGIES = ("auto", "ulysses", "pass_kv", "pass_q")
+DTYPES = ("float32", "bfloat16", "float16")
+
+PrefillStrategy = Literal["auto", "ulysses", "pass_kv", "pass_q"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+def _require_positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(choices)}")
+
+
+def divisors(*counts: int) -> list[int]:
+    """Every integer that divides all of `counts`, for the 'use 1, 2 or 4' part of an error."""
+    return [k for k in range(1, min(counts) + 1) if all(count % k == 0 for count in counts)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Shape of a Llama-family decoder: RMSNorm, RoPE, GQA, SwiGLU, no biases.
+
+    Names are Megatron's; `num_query_groups` is what Hugging Face calls num_key_value_heads.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    max_seq_len: int
+    norm_epsilon: float = 1e-5
+    rotary_base: float = 10000.0
+    # True: the output layer reuses the embedding matrix (Hugging Face tie_word_embeddings).
+    tie_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self,
+            *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
+            *("num_query_groups", "head_dim", "vocab_size", "max_seq_len"),
+        )
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_query_groups={self.num_query_groups}; every KV head must serve the same number of "
+                f"query heads, use {divisors(self.num_attention_heads)}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions need an even head_dim")
+
+    @property
+    def queries_per_group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_attention_heads // self.num_query_groups
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """The rank grid: world_size = dp_size x sp_size x tp_size, tp innermost."""
+
+    dp_size: int = 1
+    sp_size: int = 1
+    tp_size: int = 1
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "dp_size", "sp_size", "tp_size")
+
+    @property
+    def world_size(self) -> int:
+        return self.dp_size * self.sp_size * self.tp_size
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raises ValueError when `model` cannot be cut into tp_size shards.
+
+        sp_size needs no such rule: sequences, heads and batches may split unevenly over the sp axis.
+        """
+        heads = (model.num_attention_heads, model.num_query_groups)
+        if any(count % self.tp_size for count in heads) or model.ffn_hidden_size % self.tp_size:
+            fits = divisors(*heads, model.ffn_hidden_size)
+            raise ValueError(
+                f"tp_size={self.tp_size} does not divide num_attention_heads={heads[0]}, "
+                f"num_query_groups={heads[1]} and ffn_hidden_size={model.ffn_hidden_size}; "
+                f"use --tp {' or '.join(map(str, fits))} and spread the rest over --sp"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionConfig:
+    """How a prompt attends across sp ranks (method.md section 3)."""
+
+    # auto: pass_q onto a cached context, ulysses where KV heads divide by sp_size, else pass_kv.
+    strategy: PrefillStrategy = "auto"
+    # True: head chunk c+1 travels while chunk c attends. False: same result, one chunk at a time.
+    pipeline: bool = True
+
+    def __post_init__(self) -> None:
+        _require_choice("strategy", self.strategy, PREFILL_STRATEGIES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """Size of the paged KV cache on every sp rank; total capacity is sp_size times this."""
+
+    num_blocks: int
+    block_size: int = 64  # tokens per block
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "num_blocks", "block_size")
+
+    @property
+    def tokens_per_rank(self) -> int:
+        return self.num_blocks * self.block_size
+
+
+class KVCacheFull(RuntimeError):
+    """No KV block is left where one is needed; nothing was allocated or written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one request turns logits into tokens; names and defaults are vLLM's and OpenAI's."""
+
+    max_tokens: int = 64
+    min_tokens: int = 0
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    # None: no logprobs; k: the chosen token's, and the k likeliest beside it.
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "max_tokens")
+        checks = {
+            "min_tokens": (0 <= self.min_tokens <= self.max_tokens, f"between 0 and {self.max_tokens}"),
+            "temperature": (self.temperature >= 0, "0 (greedy) or above"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or above"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0; 1 is off"),
+            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
+        }
+        for name, (holds, rule) in checks.items():
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)} must be {rule}")
+        if any(not text for text in self.stop):
+            raise ValueError(
+                "stop contains an empty string; an empty stop string would end every answer at once"
+            )

@@ -1,0 +1,163 @@
+"""From settings and an initialised world to an Engine: groups, weights, cache.
+
+Compares what the ranks were told before anything is built, so that two configs never meet inside a collective.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_sps2.attention.core import SequenceParallelAttention, StepContext
+from megatron_sps2.attention.kv_cache import KVCache
+from megatron_sps2.config import AttentionConfig, CacheConfig, DType, ParallelConfig
+from megatron_sps2.engine.block_manager import BlockManager
+from megatron_sps2.engine.engine import Engine
+from megatron_sps2.engine.runner import Runner
+from megatron_sps2.engine.scheduler import Scheduler
+from megatron_sps2.model.checkpoint import load_gpt
+from megatron_sps2.model.gpt import GptForward
+from megatron_sps2.model.manifest import load_model_config
+from megatron_sps2.parallel.collectives import Wire
+from megatron_sps2.parallel.groups import ParallelGroups
+from megatron_sps2.parallel.ledger import Ledger
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """All that every rank must be told alike."""
+
+    checkpoint: str
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    dtype: DType = "float32"
+    # Tokens of one request at most (prompt and answer); the cache is sized for it unless `cache` is given.
+    max_model_len: int = 4096
+    max_num_seqs: int = 1
+    cache: CacheConfig | None = None
+    block_size: int = 64
+    # Layers of a prefill between two of which decodes may run; None is all of them.
+    layers_per_piece: int | None = None
+    device: str = "cpu"
+
+    def sized_cache(self) -> CacheConfig:
+        """The cache as given, or one that holds max_num_seqs requests of max_model_len tokens over all shards."""
+        if self.cache:
+            return self.cache
+        per_request = -(-self.max_model_len // self.parallel.sp_size)
+        blocks = -(-per_request // self.block_size) + 1
+        return CacheConfig(num_blocks=blocks * self.max_num_seqs, block_size=self.block_size)
+
+
+def build_engine(config: EngineConfig) -> Engine:
+    """Collective over the whole, initialised world.
+
+    Raises on every rank alike: RuntimeError when ranks were told different things, ValueError for a tp_size that
+    does not fit the model, FileNotFoundError or ValueError for a checkpoint that cannot be read.
+    """
+    compare_ranks(config)
+    model = load_model_config(config.checkpoint)
+    config.parallel.check_model(model)
+    groups = ParallelGroups.create(config.parallel)
+    context = StepContext()
+    forward = load_gpt(
+        config.checkpoint,
+        groups.to_megatron(),
+        functools.partial(SequenceParallelAttention, context=context),
+        getattr(torch, config.dtype),
+        config.device,
+    )
+    return assemble(config, groups, forward, context)
+
+
+def assemble(
+    config: EngineConfig, groups: ParallelGroups, forward: GptForward, context: StepContext
+) -> Engine:
+    """An Engine around a loaded model whose layers are bound to `context`."""
+    model, ledger, device = forward.model, Ledger(), torch.device(config.device)
+    cache_config = config.sized_cache()
+    cache = KVCache(
+        cache_config,
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_query_groups // config.parallel.tp_size,
+        head_dim=model.head_dim,
+        dtype=getattr(torch, config.dtype),
+        device=device,
+    )
+    book_tp_traffic(forward, groups, ledger)
+    runner = Runner(
+        forward, cache, context, Wire(groups.sp, ledger), overlap=config.attention.pipeline, device=device
+    )
+    blocks = BlockManager(cache_config, config.parallel.sp_size)
+    scheduler = Scheduler(
+        model,
+        config.parallel,
+        config.attention,
+        blocks,
+        max_num_seqs=config.max_num_seqs,
+        layers_per_piece=config.layers_per_piece,
+    )
+    return Engine(
+        model,
+        runner,
+        scheduler,
+        blocks,
+        Wire(groups.engine, ledger),
+        ledger,
+        max_model_len=config.max_model_len,
+        device=device,
+    )
+
+
+def book_tp_traffic(forward: GptForward, groups: ParallelGroups, ledger: Ledger) -> None:
+    """Books Megatron's own tp all-reduces: each layer's two, as a ring sends them, 2 (T-1)/T of the hidden states."""
+    size = groups.tp.size
+    if size == 1:
+        return
+
+    def book(_: torch.nn.Module, __: Any, output: tuple[torch.Tensor, Any]) -> None:
+        reduced = output[0]
+        ledger.add("tp_all_reduce", round(2 * reduced.numel() * reduced.element_size() * (size - 1) / size))
+
+    for layer in forward.gpt.decoder.layers:
+        layer.self_attention.linear_proj.register_forward_hook(book)
+        layer.mlp.linear_fc2.register_forward_hook(book)
+
+
+def compare_ranks(config: EngineConfig) -> None:
+    """Collective over the world. Raises RuntimeError, on every rank, naming the first rank that differs from rank 0.
+
+    Compares every setting, the model's shape and the versions of torch, megatron-core and this package.
+    """
+    mine = _fingerprint(config)
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine)
+    for rank, other in enumerate(everybody):
+        for name, value in other.items():
+            if value != everybody[0].get(name):
+                raise RuntimeError(
+                    f"rank {rank} has {name}={value!r} but rank 0 has {everybody[0].get(name)!r}; start every rank "
+                    "with the same flags, checkpoint and installed versions"
+                )
+
+
+def _fingerprint(config: EngineConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(config)}
+    del found[
+        "checkpoint"
+    ]  # A folder may be mounted elsewhere on another host; what counts is what it holds.
+    try:
+        found["model"] = asdict(load_model_config(config.checkpoint))
+    except (ValueError, OSError) as error:
+        found["checkpoint"] = str(error)
+    for package in ("megatron_sps2", "torch", "megatron-core"):
+        try:
+            found[f"{package} version"] = version(package)
+        except PackageNotFoundError:
+            found[f"{package} version"] = None
+    return found

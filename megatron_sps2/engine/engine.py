@@ -1,0 +1,144 @@
+"""One serving replica: rank 0 schedules, every rank runs, rank 0 updates.
+
+`step` is one sentence. Knows requests and plans; tensors stay in the runner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_sps2.config import ModelConfig, SamplingParams
+from megatron_sps2.engine.block_manager import BlockManager
+from megatron_sps2.engine.plan import StepPlan
+from megatron_sps2.engine.request import FinishReason, Request, check_request
+from megatron_sps2.engine.runner import Runner, StepResult
+from megatron_sps2.engine.scheduler import Scheduler
+from megatron_sps2.parallel.collectives import Wire, broadcast_plan, gather_objects
+from megatron_sps2.parallel.ledger import Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A step's news of one request: its newest token (None while its prompt is prefilled), layers done of all."""
+
+    request: Request
+    has_token: bool
+    layers_done: int
+    num_layers: int
+
+
+class Engine:
+    """The engine of this rank. Rank 0 of the replica calls `step`; all others call `follow`."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        runner: Runner,
+        scheduler: Scheduler,
+        blocks: BlockManager,
+        replica: Wire,
+        ledger: Ledger,
+        *,
+        max_model_len: int,
+        device: torch.device,
+    ) -> None:
+        self.model, self.blocks, self.ledger = model, blocks, ledger
+        self.max_model_len = max_model_len
+        self._runner, self._scheduler, self._replica, self._device = runner, scheduler, replica, device
+        self._requests: dict[int, Request] = {}
+        self._next_id = 0
+
+    @property
+    def is_leader(self) -> bool:
+        """True on the rank that schedules."""
+        return self._replica.axis.rank == 0
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    @property
+    def last_strategy(self) -> str:
+        """The prefill strategy of the newest prompt."""
+        return self._scheduler.last_strategy
+
+    def add_request(self, prompt_ids: Sequence[int], params: SamplingParams) -> Request:
+        """Queues a prompt. Raises ValueError, naming value, rule and fix, for one that cannot be served."""
+        request = Request(request_id=self._next_id, prompt_ids=tuple(prompt_ids), params=params)
+        return self._queue(request)
+
+    def continue_request(
+        self, request: Request, prompt_ids: Sequence[int], params: SamplingParams
+    ) -> Request:
+        """Another turn on a finished request whose cache was kept: `prompt_ids` follow its cached tokens.
+
+        The newest sampled token was never fed, so it is not cached: it must be the first of `prompt_ids`.
+        """
+        cached = sum(self.blocks.tokens_per_rank(request.request_id))
+        turn = Request(
+            request_id=request.request_id, prompt_ids=tuple(prompt_ids), params=params, num_past=cached
+        )
+        return self._queue(turn)
+
+    def step(self) -> list[Progress]:
+        """Schedule, run, update."""
+        plan = self._scheduler.schedule()
+        result = self._runner.run(broadcast_plan(plan, self._replica, self._device))
+        return self._update(plan, result)
+
+    def follow(self) -> None:
+        """Runs rank 0's plans until the last one; for every rank but 0."""
+        while True:
+            plan: StepPlan = broadcast_plan(None, self._replica, self._device)
+            self._runner.run(plan)
+            if plan.stop:
+                return
+
+    def idle(self) -> None:
+        """An empty step: tells the other ranks that rank 0 lives, while it waits for a user."""
+        self._runner.run(broadcast_plan(StepPlan(), self._replica, self._device))
+
+    def stop(self) -> None:
+        """Sends the last plan; the other ranks leave `follow`. Rank 0 only, once."""
+        broadcast_plan(StepPlan(stop=True), self._replica, self._device)
+
+    def finish(self, request: Request, reason: FinishReason = FinishReason.STOP) -> None:
+        """Ends a running request early, e.g. at a stop string; its cache stays until `release`."""
+        if request.finish_reason is None:
+            request.finish_reason = reason
+            self._scheduler.release(request, keep_cache=True)
+
+    def release(self, request: Request) -> None:
+        """Gives back a finished request's blocks; every rank forgets them with the next plan."""
+        self._requests.pop(request.request_id, None)
+        self._scheduler.release(request)
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank of the replica, in rank order (tp innermost). All ranks must call it."""
+        return gather_objects(value, self._replica.axis)
+
+    def _queue(self, request: Request) -> Request:
+        check_request(request, self.model, self.max_model_len)
+        self._scheduler.add(request)
+        self._requests[request.request_id] = request
+        self._next_id = max(self._next_id, request.request_id + 1)
+        return request
+
+    def _update(self, plan: StepPlan, result: StepResult) -> list[Progress]:
+        news = []
+        for request_id, token in result.items():
+            request = self._requests[request_id]
+            request.take(token, self.model.eos_token_ids)
+            news.append(Progress(request, token is not None, self.model.num_layers, self.model.num_layers))
+            if plan.prefill:
+                self._scheduler.prefilled(request)
+            elif request.finish_reason is not None:
+                self._scheduler.release(request, keep_cache=True)
+        if plan.prefill and not result:
+            request = self._requests[plan.prefill.request_id]
+            news.append(Progress(request, False, plan.prefill.last_layer, self.model.num_layers))
+        return news

@@ -1,0 +1,83 @@
+"""One request as rank 0 sees it: its prompt, its answer so far, its times.
+
+Knows no blocks and no ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from megatron_sps2.config import ModelConfig, SamplingParams
+from megatron_sps2.engine.sampler import SampledToken
+from megatron_sps2.engine.tokenizer import check_ids
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended; OpenAI's words, and `error` for logits that cannot be sampled."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(slots=True, kw_only=True)
+class Request:
+    """`prompt_ids` follow `num_past` tokens that the same request has in the cache from an earlier turn."""
+
+    request_id: int
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    num_past: int = 0
+    output: list[SampledToken] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    arrived_at: float = field(default_factory=time.perf_counter)
+    token_times: list[float] = field(default_factory=list)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Past and new."""
+        return self.num_past + len(self.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + len(self.output)
+
+    @property
+    def output_ids(self) -> list[int]:
+        return [token.token_id for token in self.output]
+
+    def take(self, token: SampledToken | None, eos_token_ids: Sequence[int]) -> None:
+        """The next token, or None where its logits were poisoned; sets finish_reason when it is the last one."""
+        if token is None:
+            self.finish_reason = FinishReason.ERROR
+            return
+        self.output.append(token)
+        self.token_times.append(time.perf_counter())
+        ends = () if self.params.ignore_eos else tuple(eos_token_ids)
+        if len(self.output) > self.params.min_tokens and token.token_id in (
+            *ends,
+            *self.params.stop_token_ids,
+        ):
+            self.finish_reason = FinishReason.STOP
+        elif len(self.output) == self.params.max_tokens:
+            self.finish_reason = FinishReason.LENGTH
+
+
+def check_request(request: Request, model: ModelConfig, max_model_len: int) -> None:
+    """Raises ValueError for a prompt that cannot be served: empty, unknown ids, too long for the model."""
+    if not request.prompt_ids:
+        raise ValueError("the prompt is empty (0 tokens); give at least one token")
+    check_ids(request.prompt_ids, model.vocab_size)
+    check_ids(request.params.stop_token_ids, model.vocab_size)
+    longest = min(model.max_seq_len, max_model_len)
+    wanted = request.num_prompt_tokens + request.params.max_tokens
+    if wanted > longest:
+        limit = "max_seq_len of the model" if longest == model.max_seq_len else "--max-model-len"
+        raise ValueError(
+            f"prompt of {request.num_prompt_tokens} tokens + max_tokens={request.params.max_tokens} = {wanted} "
+            f"exceeds {longest} ({limit}); shorten the prompt or lower --max-tokens"
+        )

@@ -1,0 +1,190 @@
+"""One request's logits to one token: penalties, filters, a stateless draw, log-probabilities.
+
+Works on the CPU in float64, so equal logits give equal tokens at any tp, sp and device. Knows no rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_sps2.config import SamplingParams
+
+Logits = NDArray[np.float32]
+# Tokens below this share of the likeliest one are sorted only when a draw reaches into them.
+TAIL_WEIGHT = 1e-4
+
+
+class PoisonedLogits(RuntimeError):
+    """A request's logits hold NaN or +inf, or nothing but -inf; other requests of the batch are unharmed."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The chosen token; log-probabilities are those of the raw logits, before penalties and temperature."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+def sample(
+    logits: Tensor,
+    params: SamplingParams,
+    history: Sequence[int],
+    num_generated: int,
+    eos_token_ids: Sequence[int],
+) -> SampledToken:
+    """Logits [v] (no padding of the vocabulary) -> the next token of one request.
+
+    `history` is prompt and output so far, `num_generated` the length of that output. Order: repetition
+    penalty, min_tokens, temperature, top-k, top-p, min-p, draw. Raises PoisonedLogits, and ValueError when
+    min_tokens forbids every token.
+    """
+    raw = logits.detach().to("cpu", torch.float32).numpy()
+    assert raw.ndim == 1, f"logits of one request are [v], not {raw.shape}"
+    _check_finite(raw)
+    shaped = _penalise(raw, params, history)
+    if num_generated < params.min_tokens:
+        shaped = _forbid(shaped, (*eos_token_ids, *params.stop_token_ids), params)
+    if params.temperature == 0:
+        token_id = int(np.argmax(shaped))  # numpy promises the first of equals, torch does not
+    else:
+        token_id = _draw(shaped, params, uniform(params.seed, num_generated))
+    return _with_logprobs(token_id, raw, params.logprobs)
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on (seed, position) alone: nothing to carry, nothing to restore."""
+    digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+def _check_finite(raw: Logits) -> None:
+    top = float(raw.max())  # NaN wins every max, so one pass finds all three
+    if not math.isfinite(top):
+        num_nan = int(np.isnan(raw).sum())
+        raise PoisonedLogits(f"logits are not usable: largest is {top}, {num_nan} of {raw.size} are NaN")
+
+
+def _penalise(raw: Logits, params: SamplingParams, history: Sequence[int]) -> Logits:
+    if params.repetition_penalty == 1.0 or len(history) == 0:
+        return raw
+    ids, largest = np.asarray(history, dtype=np.int64), np.finfo(np.float32).max
+    seen = raw[ids].astype(np.float64)
+    with np.errstate(over="ignore"):
+        scaled = np.where(seen < 0, seen * params.repetition_penalty, seen / params.repetition_penalty)
+    # Repeated ids write the same value. The bounds keep an absurd penalty from making an inf.
+    shaped = raw.copy()
+    shaped[ids] = np.where(np.isfinite(seen), np.clip(scaled, -largest, largest), seen)
+    return shaped
+
+
+def _forbid(shaped: Logits, token_ids: Sequence[int], params: SamplingParams) -> Logits:
+    shaped = shaped.copy()
+    shaped[[i for i in token_ids if 0 <= i < shaped.size]] = -np.inf
+    if shaped.max() == -np.inf:
+        raise ValueError(
+            f"min_tokens={params.min_tokens} forbids eos and stop_token_ids, and no other token is possible; "
+            "lower min_tokens or shorten stop_token_ids"
+        )
+    return shaped
+
+
+def _draw(shaped: Logits, params: SamplingParams, u: float, tail_weight: float = TAIL_WEIGHT) -> int:
+    """Inverse CDF over the descending order, of which top-k, top-p and min-p each keep a beginning."""
+    with np.errstate(over="ignore"):
+        weights = np.exp((shaped.astype(np.float64) - shaped.max()) / params.temperature)  # at most 1
+    candidates = np.flatnonzero(weights)  # a forbidden token is none, even if u is next to 1
+    if params.top_k:
+        order = _descending(shaped, candidates, params.top_k)
+        return _pick(order, weights[order], params, u, float(weights[order].sum()))
+    total = float(weights.sum())
+    head = np.flatnonzero(weights >= (params.min_p or tail_weight))
+    # A beginning of the order that reaches past the nucleus or the draw decides what the whole order would.
+    reach = (params.top_p if params.top_p < 1 else u) * total * (1 + 1e-9)
+    if params.min_p or weights[head].sum() > reach:
+        candidates = head
+    order = _descending(shaped, candidates, candidates.size)
+    return _pick(order, weights[order], params, u, total)
+
+
+def _pick(
+    order: NDArray[np.int64], weights: NDArray[np.float64], params: SamplingParams, u: float, total: float
+) -> int:
+    """`order`: candidate ids, likeliest first; `weights`: theirs; `total`: the mass top_p is a share of."""
+    mass, num_kept = np.cumsum(weights), order.size
+    if params.top_p < 1:
+        num_kept = min(num_kept, 1 + int(np.searchsorted(mass, params.top_p * total)))
+    if params.min_p:
+        num_kept = min(num_kept, int(np.count_nonzero(weights >= params.min_p)))
+    if params.top_p < 1 or params.min_p:
+        total = float(mass[num_kept - 1])
+    # The bound is for u * total rounded up to the whole mass.
+    return int(order[min(int(np.searchsorted(mass, u * total, side="right")), num_kept - 1)])
+
+
+def _descending(values: Logits, ids: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """The `count` of `ids` with the largest values, largest first, lower id first among equals.
+
+    Sorts one 64-bit key (value above, id below): all keys differ, so any sort gives the same order.
+    """
+    if count < ids.size:
+        least = np.partition(values[ids], ids.size - count)[ids.size - count]
+        ids = ids[values[ids] >= least]  # with all that equal the last one
+    bits = (values[ids] + np.float32(0)).view(np.uint32)  # + 0 turns -0.0 into 0.0
+    # The bits of floats, flipped so that they order as the floats do.
+    rising = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+    keys = ((~rising).astype(np.uint64) << np.uint64(32)) | ids.astype(np.uint64)
+    return (np.sort(keys)[:count] & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
+def _with_logprobs(token_id: int, raw: Logits, num_top: int | None) -> SampledToken:
+    if num_top is None:
+        return SampledToken(token_id)
+    shifted = raw.astype(np.float64) - raw.max()
+    logprobs = (shifted - np.log(np.exp(shifted).sum())).astype(np.float32)
+    top = _descending(raw, np.arange(raw.size), min(num_top, raw.size)) if num_top else ()
+    return SampledToken(token_id, float(logprobs[token_id]), tuple((int(i), float(logprobs[i])) for i in top))
+
+
+def encode_sampled(tokens: Sequence[SampledToken | None], num_top: int) -> Tensor:
+    """Tokens of b requests -> fp64 [b, 2 + 2 * num_top], to travel in one collective; NaN where nothing is.
+
+    Row: id, logprob, num_top ids, their logprobs. None stands for a request whose logits were poisoned.
+    """
+    packed = torch.full((len(tokens), 2 + 2 * num_top), math.nan, dtype=torch.float64)
+    for row, token in zip(packed, tokens, strict=True):
+        if token is None:
+            continue
+        num = len(token.top_logprobs)
+        assert num <= num_top, f"{num} top logprobs do not fit num_top={num_top}"
+        row[0] = token.token_id
+        if token.logprob is not None:
+            row[1] = token.logprob
+        if num:
+            ids, logprobs = zip(*token.top_logprobs, strict=True)
+            row[2 : 2 + num] = torch.tensor(ids, dtype=torch.float64)
+            row[2 + num_top : 2 + num_top + num] = torch.tensor(logprobs, dtype=torch.float64)
+    return packed
+
+
+def decode_sampled(packed: Tensor) -> list[SampledToken | None]:
+    """What encode_sampled was given: fp64 [b, 2 + 2 * num_top] -> b tokens."""
+    num_top = (packed.shape[1] - 2) // 2
+    return [_decode_row(row, num_top) for row in packed.tolist()]
+
+
+def _decode_row(row: list[float], num_top: int) -> SampledToken | None:
+    if math.isnan(row[0]):
+        return None
+    pairs = zip(row[2 : 2 + num_top], row[2 + num_top :], strict=True)
+    top = tuple((int(i), logprob) for i, logprob in pairs if not math.isnan(i))
+    return SampledToken(int(row[0]), None if math.isnan(row[1]) else row[1], top)

@@ -1,0 +1,184 @@
+"""First come, first served, with decodes between the layers of a prefill. Pure Python; emits StepPlans.
+
+One prompt is prefilled at a time, in pieces of a few layers; between two pieces the running requests decode.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_sps2.attention.strategy import LAYOUTS, choose_strategy
+from megatron_sps2.config import AttentionConfig, ModelConfig, ParallelConfig
+from megatron_sps2.engine.block_manager import BlockManager
+from megatron_sps2.engine.plan import DecodeToken, NewPrompt, PrefillPiece, StepPlan
+from megatron_sps2.engine.request import FinishReason, Request
+
+
+@dataclass(slots=True)
+class _Prefilling:
+    request: Request
+    next_layer: int = 0
+
+
+class Scheduler:
+    """Waiting, prefilling and running requests -> the next plan."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        attention: AttentionConfig,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        layers_per_piece: int | None = None,
+    ) -> None:
+        self._model, self._parallel, self._attention, self._blocks = model, parallel, attention, blocks
+        self._max_num_seqs = max_num_seqs
+        self._layers_per_piece = layers_per_piece or model.num_layers
+        self._waiting: deque[Request] = deque()
+        self._prefilling: _Prefilling | None = None
+        self._running: list[Request] = []
+        self._freed: list[int] = []
+        self._reserved: dict[
+            int, int
+        ] = {}  # blocks that admitted requests may still grow to, over all shards
+        self._decode_is_next = False
+        self.last_strategy = ""
+
+    @property
+    def has_work(self) -> bool:
+        """True while a plan would do something, freeing blocks included."""
+        return bool(self._waiting or self._prefilling or self._running or self._freed)
+
+    @property
+    def prefill_progress(self) -> tuple[int, int] | None:
+        """(layers done, layers in all) of the prompt that is being prefilled."""
+        return (self._prefilling.next_layer, self._model.num_layers) if self._prefilling else None
+
+    def add(self, request: Request) -> None:
+        """Raises ValueError for a request that would not fit even into an empty cache."""
+        needed, total = self._blocks_of(request), self._blocks.num_ranks * self._blocks.config.num_blocks
+        if needed > total:
+            raise ValueError(
+                f"the request may grow to {needed} KV blocks of {self._blocks.config.block_size} tokens and all "
+                f"{self._blocks.num_ranks} shards together have {total}; raise --max-model-len or lower --max-tokens"
+            )
+        self._waiting.append(request)
+
+    def abort(self, request_id: int) -> None:
+        """Ends a request wherever it is; its blocks go with the next plan."""
+        for request in [
+            *self._waiting,
+            *self._running,
+            *([self._prefilling.request] if self._prefilling else []),
+        ]:
+            if request.request_id == request_id:
+                request.finish_reason = FinishReason.ABORT
+                self.release(request)
+
+    def schedule(self) -> StepPlan:
+        """The next step: a piece of a prefill or a decode batch, in turns while there are both."""
+        freed, self._freed = tuple(self._freed), []
+        self._admit()
+        if self._prefilling and not (self._running and self._decode_is_next):
+            self._decode_is_next = True
+            return StepPlan(prefill=self._next_piece(self._prefilling), freed=freed)
+        self._decode_is_next = False
+        return StepPlan(decode=self._decode_batch(), freed=freed)
+
+    def prefilled(self, request: Request) -> None:
+        """The prompt's last piece has run and its first token was taken."""
+        self._prefilling = None
+        if request.finish_reason is None:
+            self._running.append(request)
+        else:
+            self.release(request, keep_cache=True)
+
+    def release(self, request: Request, keep_cache: bool = False) -> None:
+        """Forgets a finished request; its blocks go back unless the cache is kept (for another turn, for a report)."""
+        if self._prefilling and self._prefilling.request is request:
+            self._prefilling = None
+        self._running = [other for other in self._running if other is not request]
+        self._waiting = deque(other for other in self._waiting if other is not request)
+        self._reserved.pop(request.request_id, None)
+        if not keep_cache:
+            self._blocks.free(request.request_id)
+            self._freed.append(request.request_id)
+
+    def _blocks_of(self, request: Request) -> int:
+        return self._blocks.blocks_for(request.num_prompt_tokens + request.params.max_tokens)
+
+    def _admit(self) -> None:
+        """Starts the oldest waiting prompt when it has room to grow to its full length, so none is ever stuck."""
+        busy = len(self._running) + (self._prefilling is not None)
+        if self._prefilling or not self._waiting or busy >= self._max_num_seqs:
+            return
+        wanted = self._blocks_of(self._waiting[0])
+        if wanted + sum(self._reserved.values()) <= self._blocks.num_ranks * self._blocks.config.num_blocks:
+            request = self._waiting.popleft()
+            self._reserved[request.request_id] = wanted
+            self._prefilling = _Prefilling(request)
+
+    def _next_piece(self, prefilling: _Prefilling) -> PrefillPiece:
+        first = prefilling.next_layer
+        last = min(first + self._layers_per_piece, self._model.num_layers)
+        prefilling.next_layer = last
+        prompt = self._new_prompt(prefilling.request) if first == 0 else None
+        return PrefillPiece(
+            request_id=prefilling.request.request_id, first_layer=first, last_layer=last, prompt=prompt
+        )
+
+    def _new_prompt(self, request: Request) -> NewPrompt:
+        sp_size, tp_size = self._parallel.sp_size, self._parallel.tp_size
+        self.last_strategy = choose_strategy(
+            self._attention.strategy,
+            num_heads=self._model.num_attention_heads // tp_size,
+            num_kv_heads=self._model.num_query_groups // tp_size,
+            sp_size=sp_size,
+            num_past=request.num_past,
+        )
+        layout = LAYOUTS[self.last_strategy](len(request.prompt_ids), sp_size)
+        return NewPrompt(
+            token_ids=request.prompt_ids,
+            num_past=request.num_past,
+            strategy=self.last_strategy,
+            blocks=self._blocks.allocate(request.request_id, layout.tokens_per_rank),
+            params=request.params,
+        )
+
+    def _decode_batch(self) -> tuple[DecodeToken, ...]:
+        kept = [self._blocks.append(request.request_id) for request in self._running]
+        homes = assign_homes([rank for rank, _ in kept], self._parallel.sp_size)
+        tokens = [
+            DecodeToken(
+                request_id=request.request_id,
+                token_id=request.output[-1].token_id,
+                position=request.num_tokens - 1,
+                home=home,
+                kv_rank=kv_rank,
+                new_block=block,
+            )
+            for request, home, (kv_rank, block) in zip(self._running, homes, kept, strict=True)
+        ]
+        return tuple(sorted(tokens, key=lambda token: token.home))
+
+
+def assign_homes(kv_ranks: Sequence[int], num_ranks: int) -> list[int]:
+    """A home for each token of a batch: where its KV is kept, as long as no rank computes more than its share.
+
+    A token at home where its KV is kept sends no K and V anywhere.
+    """
+    share = -(-len(kv_ranks) // num_ranks)
+    room = [share] * num_ranks
+    homes: list[int | None] = []
+    for rank in kv_ranks:
+        homes.append(rank if room[rank] else None)
+        room[rank] -= bool(room[rank])
+    for i, home in enumerate(homes):
+        if home is None:
+            homes[i] = max(range(num_ranks), key=lambda rank: room[rank])
+            room[homes[i]] -= 1  # type: ignore[index]
+    return [home for home in homes if home is not None]

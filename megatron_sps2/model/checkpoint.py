@@ -1,0 +1,195 @@
+"""Megatron torch_dist checkpoints: saved at one tp size, loaded at any.
+
+Knows Megatron's distributed checkpointing; which ranks share the sequence does not matter here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import CoreAttentionBuilder
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_sps2.config import DType, ModelConfig
+from megatron_sps2.model.gpt import GptForward
+from megatron_sps2.model.manifest import (
+    CONVERT_AGAIN,
+    TRACKER_NAME,
+    WEIGHTS_NAME,
+    check_files,
+    read_manifest,
+    write_manifest,
+)
+from megatron_sps2.model.spec import build_gpt
+from megatron_sps2.parallel.collectives import gather_objects
+from megatron_sps2.parallel.groups import Axis
+
+T = TypeVar("T")
+
+_EXTRA_STATE = "_extra_state"
+# Their rows are vocabulary, padded to a multiple of tp_size, so row counts may differ from the saved ones.
+_PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def load_gpt(
+    folder: str | Path,
+    pg_collection: ProcessGroupCollection,
+    core_attention: CoreAttentionBuilder,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> GptForward:
+    """This tp rank's shard of the checkpoint, ready to run. Collective over the world; raises as load_weights."""
+    manifest = _together(lambda: read_manifest(folder))
+    gpt = build_gpt(manifest.model, pg_collection, core_attention, dtype, device)
+    load_weights(gpt, folder, pg_collection)
+    return GptForward(gpt, manifest.model)
+
+
+def load_weights(gpt: GPTModel, folder: str | Path, pg_collection: ProcessGroupCollection) -> None:
+    """Fills `gpt`, casting to its dtype. Collective over the world.
+
+    Raises FileNotFoundError or ValueError on every rank alike, naming file, weight and fix, when a file is
+    missing or truncated, or weights are missing, unexpected or of another shape: before any rank waits for another.
+    """
+    sharded = _sharded_state(gpt, pg_collection.cp, with_extra_state=False)
+    weights = str(Path(folder) / WEIGHTS_NAME)
+
+    def check() -> None:
+        check_files(folder, read_manifest(folder))
+        _check_weights(sharded, _saved_shapes(weights), weights)
+
+    _together(check)
+    try:
+        # Every rank reads what it needs, replicas included: nobody has to own a weight.
+        state = dist_checkpointing.load(sharded, weights, validate_access_integrity=False)
+    except CheckpointException as error:
+        raise ValueError(f"checkpoint {weights} cannot be read: {error}; {CONVERT_AGAIN}") from error
+    own = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    gpt.load_state_dict(own, strict=True)
+
+
+def save_model(
+    gpt: GPTModel,
+    folder: str | Path,
+    model: ModelConfig,
+    dtype: DType,
+    pg_collection: ProcessGroupCollection,
+    *,
+    add_files: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes a checkpoint folder whole or not at all: in a sibling folder, renamed at the end.
+
+    Collective over the world. `add_files` puts more files (a tokenizer) into the folder, on rank 0, before
+    it gets its name. An existing `folder` is replaced. Megatron's writer starts a process: call this from a
+    module or under `if __name__ == "__main__"`.
+    """
+    target = Path(folder).absolute()
+    partial = target.with_name(f".{target.name}.partial")
+    weights = partial / WEIGHTS_NAME
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        weights.mkdir(parents=True)
+    sharded = _sharded_state(gpt, pg_collection.dp_cp, with_extra_state=True)
+    try:
+        with _cuda_stand_ins():
+            dist_checkpointing.save(sharded, str(weights))
+        if dist.get_rank() == 0:
+            (partial / TRACKER_NAME).write_text("release\n")
+            if add_files is not None:
+                add_files(partial)
+            write_manifest(partial, model, dtype)
+            _replace(partial, target)
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+    gather_objects(None, _world())  # Nobody reads before rank 0 has renamed.
+
+
+def _replace(partial: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+
+
+def _sharded_state(gpt: GPTModel, replicas: dist.ProcessGroup, with_extra_state: bool) -> ShardedStateDict:
+    state = gpt.sharded_state_dict(metadata={"dp_cp_group": replicas})
+    return {
+        name: value for name, value in state.items() if with_extra_state or not name.endswith(_EXTRA_STATE)
+    }
+
+
+def _saved_shapes(weights: str) -> dict[str, tuple[int, ...]]:
+    try:
+        saved = dist_checkpointing.load_tensors_metadata(weights)
+    except Exception as error:  # Unpickling a damaged file can raise anything.
+        raise ValueError(f"checkpoint {weights} cannot be read: {error!r}; {CONVERT_AGAIN}") from error
+    return {name: tuple(tensor.global_shape) for name, tensor in saved.items()}
+
+
+def _expected_shapes(sharded: ShardedStateDict) -> dict[str, tuple[int, ...]]:
+    built = [v.build() if isinstance(v, ShardedTensorFactory) else v for v in nested_values(sharded)]
+    tensors = [value for value in nested_values(built) if isinstance(value, ShardedTensor)]
+    return {tensor.key: tuple(tensor.global_shape) for tensor in tensors}
+
+
+def _check_weights(sharded: ShardedStateDict, saved: dict[str, tuple[int, ...]], weights: str) -> None:
+    """Raises ValueError naming the weights that are missing, unexpected or of another shape."""
+    wanted = _expected_shapes(sharded)
+    complaints = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in saved]
+    complaints += [f"unexpected {name} {shape}" for name, shape in saved.items() if name not in wanted]
+    for name in wanted.keys() & saved.keys():
+        free = 1 if name in _PADDED else 0
+        if wanted[name][free:] != saved[name][free:]:
+            complaints.append(f"{name} has shape {saved[name]}, expected {wanted[name]}")
+    if complaints:
+        shown = "; ".join(sorted(complaints)[:8]) + ("; ..." if len(complaints) > 8 else "")
+        raise ValueError(
+            f"the weights in {weights} do not fit the model in sps2_model.json: {shown}; {CONVERT_AGAIN}"
+        )
+
+
+def _world() -> Axis:
+    size = dist.get_world_size()
+    return Axis(dist.group.WORLD, dist.get_rank(), size, tuple(range(size)))
+
+
+def _together(check: Callable[[], T]) -> T:
+    """`check()`, unless it fails on any rank: then it fails on all, so that no rank waits for one that is gone."""
+    problem: Exception | None = None
+    try:
+        result = check()
+    except (OSError, ValueError) as error:
+        problem = error
+    problems = gather_objects(problem and (type(problem), str(problem)), _world())
+    if problem is not None:
+        raise problem
+    for rank, found in enumerate(problems):
+        if found is not None:
+            kind, message = found
+            raise kind(f"rank {rank}: {message}")
+    return result
+
+
+@contextmanager
+def _cuda_stand_ins() -> Iterator[None]:
+    """Megatron's writer calls torch.cuda.synchronize and asks for the current device, with no CUDA there too."""
+    if torch.cuda.is_available():
+        yield
+        return
+    with (
+        mock.patch.object(torch.cuda, "synchronize", lambda device=None: None),
+        mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
+    ):
+        yield

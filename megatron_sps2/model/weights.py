@@ -1,0 +1,117 @@
+"""Weight rules between Hugging Face Llama names and Megatron names, both directions.
+
+Pure functions on whole (unsharded) tensors. Knows names and layouts; no file, no rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_sps2.config import ModelConfig
+
+Fetch = Callable[[str], Tensor]
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRule:
+    """One Megatron weight and the Hugging Face weights it is made of, with their shapes."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    hf_shapes: tuple[tuple[int, ...], ...]
+    join: Callable[..., Tensor]
+    split: Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def join_qkv(model: ModelConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [n*d, h], k and v [n_kv*d, h] -> [n_kv * (n/n_kv + 2) * d, h]: per KV head its queries, its k, its v."""
+    groups, width = model.num_query_groups, q.shape[-1]
+    parts = [x.view(groups, -1, model.head_dim, width) for x in (q, k, v)]
+    return torch.cat(parts, dim=1).reshape(-1, width)
+
+
+def split_qkv(model: ModelConfig, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of join_qkv."""
+    width = qkv.shape[-1]
+    grouped = qkv.view(model.num_query_groups, model.queries_per_group + 2, model.head_dim, width)
+    q, k, v = grouped.split((model.queries_per_group, 1, 1), dim=1)
+    return q.reshape(-1, width), k.reshape(-1, width), v.reshape(-1, width)
+
+
+def join_gate_up(gate: Tensor, up: Tensor) -> Tensor:
+    """Two [ffn, h] -> [2*ffn, h], gate first."""
+    return torch.cat((gate, up))
+
+
+def split_gate_up(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of join_gate_up."""
+    gate, up = gate_up.chunk(2)
+    return gate, up
+
+
+def weight_rules(model: ModelConfig) -> Iterator[WeightRule]:
+    """Every weight of `model`, in the order of the layers."""
+    hidden, vocab = model.hidden_size, model.vocab_size
+    yield _same(EMBEDDING, "model.embed_tokens.weight", (vocab, hidden))
+    for index in range(model.num_layers):
+        yield from _layer_rules(model, f"decoder.layers.{index}", f"model.layers.{index}")
+    yield _same("decoder.final_layernorm.weight", "model.norm.weight", (hidden,))
+    if not model.tie_embeddings:
+        yield _same(OUTPUT, "lm_head.weight", (vocab, hidden))
+
+
+def _layer_rules(model: ModelConfig, ours: str, hf: str) -> Iterator[WeightRule]:
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    q_size, kv_size = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
+    yield _same(f"{ours}.input_layernorm.weight", f"{hf}.input_layernorm.weight", (hidden,))
+    yield WeightRule(
+        f"{ours}.self_attention.linear_qkv.weight",
+        tuple(f"{hf}.self_attn.{name}_proj.weight" for name in "qkv"),
+        ((q_size, hidden), (kv_size, hidden), (kv_size, hidden)),
+        lambda q, k, v: join_qkv(model, q, k, v),
+        lambda qkv: split_qkv(model, qkv),
+    )
+    yield _same(
+        f"{ours}.self_attention.linear_proj.weight", f"{hf}.self_attn.o_proj.weight", (hidden, q_size)
+    )
+    yield _same(f"{ours}.pre_mlp_layernorm.weight", f"{hf}.post_attention_layernorm.weight", (hidden,))
+    yield WeightRule(
+        f"{ours}.mlp.linear_fc1.weight",
+        (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight"),
+        ((ffn, hidden), (ffn, hidden)),
+        join_gate_up,
+        split_gate_up,
+    )
+    yield _same(f"{ours}.mlp.linear_fc2.weight", f"{hf}.mlp.down_proj.weight", (hidden, ffn))
+
+
+def _same(megatron: str, hf: str, shape: tuple[int, ...]) -> WeightRule:
+    return WeightRule(megatron, (hf,), (shape,), lambda x: x, lambda x: (x,))
+
+
+def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every Hugging Face weight that makes up `model`."""
+    return {
+        name: shape
+        for rule in weight_rules(model)
+        for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)
+    }
+
+
+def to_megatron(model: ModelConfig, fetch: Fetch) -> Iterator[tuple[str, Tensor]]:
+    """(Megatron name, tensor) one by one; `fetch` gives a Hugging Face weight by name."""
+    for rule in weight_rules(model):
+        yield rule.megatron, rule.join(*(fetch(name) for name in rule.hf))
+
+
+def to_hf(model: ModelConfig, fetch: Fetch) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) one by one; `fetch` gives a whole Megatron weight by name."""
+    for rule in weight_rules(model):
+        yield from zip(rule.hf, rule.split(fetch(rule.megatron)), strict=True)

@@ -1,0 +1,228 @@
+"""Collectives between sequence and head layouts, and the small ones of a decode step.
+
+Every one is named by what it does to the layout and books its bytes in the ledger. Asynchronous: each returns
+a Handle that is waited for once. Knows groups, not models.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_sps2.parallel.groups import Axis
+from megatron_sps2.parallel.layout import HeadGroup
+from megatron_sps2.parallel.ledger import Ledger
+
+T = TypeVar("T")
+
+# A plan of usual size travels in one message: its length and this many bytes.
+PLAN_BYTES = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """An axis to send over and the ledger to book it in."""
+
+    axis: Axis
+    ledger: Ledger
+
+
+class Handle(Generic[T]):
+    """A collective under way. Keeps its buffers alive until `wait`, which gives the result."""
+
+    def __init__(
+        self, received: Tensor, finish: Callable[[Tensor], T], work: dist.Work | None, sent: Tensor
+    ) -> None:
+        self._received, self._finish, self._work, self._sent = received, finish, work, sent
+
+    def wait(self) -> T:
+        """Call once, in the function that holds the handle."""
+        if self._work is not None:
+            self._work.wait()
+        result = self._finish(self._received)
+        del self._sent, self._received
+        return result
+
+
+def all_to_all(
+    wire: Wire, name: str, parts: Sequence[Tensor], recv_numels: Sequence[int], finish: Callable[[Tensor], T]
+) -> Handle[T]:
+    """Part p goes to rank p of the axis; `finish` shapes the flat tensor of all that arrived, rank after rank.
+
+    recv_numels[p] elements come from rank p. A part may be empty.
+    """
+    axis, numels = wire.axis, [part.numel() for part in parts]
+    send = torch.cat([part.reshape(-1) for part in parts])
+    if axis.size == 1:
+        return Handle(send, finish, None, send)
+    wire.ledger.add(name, (sum(numels) - numels[axis.rank]) * send.element_size())
+    # gloo fills a non-contiguous output wrongly and says nothing: always a fresh one.
+    received = send.new_empty(sum(recv_numels))
+    work = dist.all_to_all_single(received, send, list(recv_numels), numels, group=axis.group, async_op=True)
+    return Handle(received, finish, work, send)
+
+
+def seq_to_heads(
+    x: Tensor, wire: Wire, tokens: Sequence[int], heads: Sequence[tuple[int, int]], name: str = "seq_to_heads"
+) -> Handle[Tensor]:
+    """[s/P, b, n, d] -> [s, b, n/P, d]; tokens[r] tokens lie on rank r, rank p gets heads heads[p]=(start, stop).
+
+    Uneven and empty ranges are allowed, and ranges may overlap (a KV head that several ranks read).
+    """
+    me = wire.axis.rank
+    _, b, _, d = x.shape
+    num_heads = heads[me][1] - heads[me][0]
+    if wire.axis.size == 1:
+        return Handle(x[:, :, slice(*heads[0])], _as_is, None, x)
+    recv = [count * b * num_heads * d for count in tokens]
+    return all_to_all(
+        wire,
+        name,
+        [x[:, :, start:stop] for start, stop in heads],
+        recv,
+        lambda flat: flat.view(sum(tokens), b, num_heads, d),
+    )
+
+
+def heads_to_seq(
+    x: Tensor, wire: Wire, tokens: Sequence[int], num_heads: Sequence[int]
+) -> Handle[list[Tensor]]:
+    """[s, b, n/P, d] -> P tensors [s/P, b, n_p, d]: this rank's tokens, with the heads that rank p had."""
+    _, b, _, d = x.shape
+    mine = tokens[wire.axis.rank]
+    if wire.axis.size == 1:
+        return Handle(x, lambda whole: [whole], None, x)
+    recv = [mine * b * count * d for count in num_heads]
+
+    def finish(flat: Tensor) -> list[Tensor]:
+        pieces = flat.split(recv)
+        return [piece.view(mine, b, count, d) for piece, count in zip(pieces, num_heads, strict=True)]
+
+    return all_to_all(wire, "heads_to_seq", x.split(list(tokens)), recv, finish)
+
+
+def gather_tokens(x: Tensor, wire: Wire, tokens: Sequence[int], name: str) -> Handle[Tensor]:
+    """[s/P, ...] -> [s, ...], rank after rank: every rank gets all tokens. Uneven and empty shards allowed.
+
+    An all-to-all of one tensor to everybody: unlike all-gather it takes uneven shards without padding.
+    """
+    if wire.axis.size == 1:
+        return Handle(x, _as_is, None, x)
+    row = x.shape[1:].numel()
+    parts = [x if rank != wire.axis.rank else x[:0] for rank in range(wire.axis.size)]
+    recv = [count * row for count in tokens]
+    recv[wire.axis.rank] = 0
+
+    def finish(flat: Tensor) -> Tensor:
+        # The own shard need not pass through the collective: it is put in its place here.
+        pieces = [
+            piece.view(count, *x.shape[1:]) if rank != wire.axis.rank else x
+            for rank, (piece, count) in enumerate(zip(flat.split(recv), tokens, strict=True))
+        ]
+        return torch.cat(pieces)
+
+    return all_to_all(wire, name, parts, recv, finish)
+
+
+def return_partials(
+    out: Tensor, lse: Tensor, wire: Wire, tokens: Sequence[int], name: str = "return_partials"
+) -> Handle[tuple[Tensor, Tensor]]:
+    """out [s, ..., n, d], lse [s, ..., n] fp32 -> [P, s/P, ..., n, d], [P, s/P, ..., n]: every rank's partial of my tokens.
+
+    tokens[r] of the s rows are at home on rank r. One message: the LSE travels as fp32 bytes beside the outputs.
+    """
+    if wire.axis.size == 1:
+        return Handle(out, lambda whole: (whole[None], lse[None]), None, out)
+    mine, size = tokens[wire.axis.rank], wire.axis.size
+    out_row, lse_row = out.shape[1:], lse.shape[1:]
+    out_bytes, lse_bytes = out_row.numel() * out.element_size(), lse_row.numel() * lse.element_size()
+
+    def as_bytes(rows: Tensor, width: int) -> Tensor:
+        return rows.contiguous().view(torch.uint8).view(len(rows), width)
+
+    packed = torch.cat([as_bytes(out, out_bytes), as_bytes(lse, lse_bytes)], dim=1)
+
+    def finish(flat: Tensor) -> tuple[Tensor, Tensor]:
+        rows = flat.view(size * mine, out_bytes + lse_bytes)
+        outs = rows[:, :out_bytes].contiguous().view(out.dtype).view(size, mine, *out_row)
+        lses = rows[:, out_bytes:].contiguous().view(lse.dtype).view(size, mine, *lse_row)
+        return outs, lses
+
+    recv = [mine * (out_bytes + lse_bytes)] * size
+    return all_to_all(wire, name, packed.split(list(tokens)), recv, finish)
+
+
+def route_rows(
+    x: Tensor, wire: Wire, sent: Sequence[int], received: Sequence[int], name: str
+) -> Handle[Tensor]:
+    """[sum(sent), ...] -> [sum(received), ...]: the next sent[p] rows go to rank p, received[p] rows come from it."""
+    row = x.shape[1:]
+    recv = [count * row.numel() for count in received]
+    return all_to_all(wire, name, x.split(list(sent)), recv, lambda flat: flat.view(sum(received), *row))
+
+
+def broadcast_plan(plan: Any, wire: Wire, device: torch.device) -> Any:
+    """Rank 0's plain-data `plan` on every rank of the axis; others pass None. One message unless it is large."""
+    axis = wire.axis
+    if axis.size == 1:
+        return plan
+    head = torch.zeros(8 + PLAN_BYTES, dtype=torch.uint8, device=device)
+    body = b""
+    if axis.rank == 0:
+        body = pickle.dumps(plan)
+        first = len(body).to_bytes(8, "little") + body[:PLAN_BYTES]
+        head[: len(first)] = torch.frombuffer(bytearray(first), dtype=torch.uint8)
+    dist.broadcast(head, src=axis.ranks[0], group=axis.group)
+    length = int.from_bytes(bytes(head[:8].tolist()), "little")
+    rest = torch.empty(max(0, length - PLAN_BYTES), dtype=torch.uint8, device=device)
+    if len(rest):
+        if axis.rank == 0:
+            rest.copy_(torch.frombuffer(bytearray(body[PLAN_BYTES:]), dtype=torch.uint8))
+        dist.broadcast(rest, src=axis.ranks[0], group=axis.group)
+    if axis.rank == 0:
+        wire.ledger.add("broadcast_plan", (len(head) + len(rest)) * (axis.size - 1))
+        return plan
+    return pickle.loads(
+        head[8 : 8 + min(length, PLAN_BYTES)].cpu().numpy().tobytes() + rest.cpu().numpy().tobytes()
+    )
+
+
+def gather_objects(value: T, axis: Axis) -> list[T]:
+    """`value` of every rank of the axis, on every rank. For start and end, never inside a step."""
+    if axis.size == 1:
+        return [value]
+    values: list[Any] = [None] * axis.size
+    dist.all_gather_object(values, value, group=axis.group)
+    return values
+
+
+def from_first_rank(make: Callable[[], T]) -> T:
+    """`make()` of world rank 0 on every rank. What it raises for a user's mistake is raised on every rank."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except (ValueError, OSError) as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    value: T = box[0]
+    return value
+
+
+def _as_is(x: Tensor) -> Tensor:
+    return x
+
+
+def head_range(groups: Sequence[HeadGroup]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """((q_start, q_stop), (kv_start, kv_stop)) that neighbouring head groups cover; empty ranges for none."""
+    if not groups:
+        return (0, 0), (0, 0)
+    return (groups[0].q_start, groups[-1].q_stop), (groups[0].kv_head, groups[-1].kv_head + 1)

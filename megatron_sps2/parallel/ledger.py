@@ -1,0 +1,44 @@
+"""The ledger: how many bytes this rank sent, by phase and collective.
+
+Counts what leaves for other ranks; what a rank hands to itself is free. Knows no tensors and no groups.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Ledger:
+    """Bytes sent by this rank, keyed by (phase, collective)."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[tuple[str, str], int] = defaultdict(int)
+        self._phase = "setup"
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Books everything sent inside the block under `name` ('prefill', 'decode', ...)."""
+        before, self._phase = self._phase, name
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def add(self, collective: str, num_bytes: int) -> None:
+        self._bytes[self._phase, collective] += num_bytes
+
+    def total(self, phase: str, *collectives: str) -> int:
+        """Bytes sent in `phase`, over all collectives or over the named ones."""
+        return sum(
+            sent
+            for (p, c), sent in self._bytes.items()
+            if p == phase and (not collectives or c in collectives)
+        )
+
+    def by_collective(self, phase: str) -> dict[str, int]:
+        return {c: sent for (p, c), sent in sorted(self._bytes.items()) if p == phase}
+
+    def clear(self) -> None:
+        self._bytes.clear()

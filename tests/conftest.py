@@ -1,0 +1,31 @@
+"""Fixtures shared by all tests: the real model, where it has been fetched."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def cache_folder() -> Path:
+    """Where `make model` puts SmolLM2."""
+    return Path(os.environ.get("SPS2_CACHE", "~/.cache/megatron_sps2")).expanduser()
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        pytest.skip(f"{path} is absent; `make model` fetches and converts SmolLM2")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as GGUF."""
+    return _existing(cache_folder() / "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def smollm2_checkpoint() -> Path:
+    """SmolLM2-135M-Instruct converted to a Megatron checkpoint folder."""
+    return _existing(cache_folder() / "SmolLM2-135M-Instruct")

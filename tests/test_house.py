@@ -1,0 +1,91 @@
+"""The house stays as drawn: floors import downward, files open with their purpose and stay short, the CLI starts."""
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("megatron_sps2", "checkpoints_tools")
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+LAUNCHERS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
+MAX_LINES = 400
+
+
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    """import-linter in a process of its own, on the packages in `folder`."""
+    code = "import sys; from importlinter.cli import lint_imports_command as run; sys.argv[1:] = ['--no-cache']; run()"
+    return subprocess.run(
+        (sys.executable, "-c", code), cwd=folder, capture_output=True, text=True, timeout=120
+    )
+
+
+def copy_house(folder: Path) -> Path:
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def test_floors_import_downward() -> None:
+    done = lint_imports(ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "contract"),
+    [
+        ("megatron_sps2/config.py", "import megatron_sps2.ops", "Floors import strictly downward"),
+        ("megatron_sps2/ops/__init__.py", "import megatron_sps2.parallel", "Floors import strictly downward"),
+        (
+            "megatron_sps2/parallel/__init__.py",
+            "import megatron_sps2.engine",
+            "Floors import strictly downward",
+        ),
+        ("checkpoints_tools/__init__.py", "import megatron_sps2.attention", "config and model only"),
+        ("checkpoints_tools/__init__.py", "import megatron_sps2.engine", "never reaches the engine"),
+        ("megatron_sps2/model/__init__.py", "import checkpoints_tools", "knows the converters"),
+    ],
+)
+def test_control_a_planted_import_is_found(tmp_path: Path, module: str, line: str, contract: str) -> None:
+    house = copy_house(tmp_path)
+    with (house / module).open("a") as file:
+        file.write(f"\n{line}\n")
+    done = lint_imports(house)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert any(contract in text and "BROKEN" in text for text in done.stdout.splitlines()), done.stdout
+
+
+def test_control_a_new_floor_needs_a_place(tmp_path: Path) -> None:
+    house = copy_house(tmp_path)
+    (house / "megatron_sps2" / "attic").mkdir()
+    (house / "megatron_sps2" / "attic" / "__init__.py").touch()
+    assert lint_imports(house).returncode == 1
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path} opens without a docstring"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_is_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES, "past 400 lines: find the seam"
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.name)
+def test_launch_scripts_stop_at_the_first_error(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert "set -euo pipefail" in text and '"$@"' in text
+    assert subprocess.run(("bash", "-n", str(path)), timeout=20).returncode == 0
+
+
+@pytest.mark.skipif(not (ROOT / "megatron_sps2" / "__main__.py").exists(), reason="no CLI yet")
+def test_the_package_runs_as_a_module() -> None:
+    command = (sys.executable, "-m", "megatron_sps2", "--help")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "generate" in done.stdout

@@ -1,0 +1,165 @@
+"""Checkpoints: saved at one tp size and loaded at another; what is broken is named, and nobody hangs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from checkpoints_tools.convert import convert
+from megatron_sps2.config import ModelConfig, ParallelConfig
+from megatron_sps2.model.checkpoint import load_weights, save_model
+from megatron_sps2.model.manifest import MANIFEST_NAME, load_model_config, read_manifest
+from megatron_sps2.model.spec import build_gpt
+from megatron_sps2.parallel.groups import ParallelGroups
+from tests.ranks import RankFailed, run_ranks
+from tests.tiny_llama import PlainAttention, forward, load_plain, prompt, save_hf_llama
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_hf_llama(folder / "hf", 6, 6)
+    convert(folder / "hf", folder / "megatron")
+    return folder / "megatron"
+
+
+@pytest.fixture
+def checkpoint(original: Path, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(original, tmp_path / "megatron"))
+
+
+def _logits(folder: Path) -> np.ndarray:
+    return forward(load_plain(folder), prompt(9)).numpy()
+
+
+def _save_again(folder: Path, target: Path) -> None:
+    model = load_model_config(folder)
+    pg = ParallelGroups.create(ParallelConfig(tp_size=dist.get_world_size())).to_megatron()
+    gpt = build_gpt(model, pg, PlainAttention, torch.float32)
+    load_weights(gpt, folder, pg)
+    save_model(gpt, target, model, "float32", pg)
+
+
+def test_saved_at_tp_2_it_loads_at_tp_1_and_3(original: Path, tmp_path: Path) -> None:
+    (expected,) = run_ranks(1, _logits, original)
+    run_ranks(2, _save_again, original, tmp_path / "tp2")
+    assert not list(tmp_path.glob(".*")), "the partial folder is gone"
+    for world_size in (1, 3):
+        for found in run_ranks(world_size, _logits, tmp_path / "tp2"):
+            # The same weights; tp adds fp32 sums in another order.
+            np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_manifest_tells_model_dtype_and_sizes(original: Path) -> None:
+    manifest = read_manifest(original)
+    assert (manifest.dtype, manifest.model.num_attention_heads, manifest.model.eos_token_ids) == ("float32", 6, (2,))
+    assert manifest.files.keys() >= {"release/.metadata", "release/common.pt"}
+    assert (original / "latest_checkpointed_iteration.txt").read_text().strip() == "release"
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        load_model_config(tmp_path / "nowhere")
+
+
+def test_a_folder_without_manifest_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"has no {MANIFEST_NAME}"):
+        load_model_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 99}, "format_version=99"),
+        ({"dtype": "int3"}, "dtype='int3'"),
+        ({"files": None}, "cannot be understood"),
+        ({"model": {"layers": 3}}, r"unknown model fields \['layers'\]"),
+        ({"model": {}}, "'eos_token_ids' is missing"),
+    ],
+)
+def test_a_manifest_that_cannot_be_understood_is_named(
+    checkpoint: Path, change: dict[str, object], message: str
+) -> None:
+    path = checkpoint / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        load_model_config(checkpoint)
+
+
+def test_a_manifest_that_is_not_json_is_named(checkpoint: Path) -> None:
+    (checkpoint / MANIFEST_NAME).write_text("{ half")
+    with pytest.raises(ValueError, match=f"{MANIFEST_NAME} cannot be understood"):
+        load_model_config(checkpoint)
+
+
+def _cut_in_half(checkpoint: Path) -> str:
+    path = max((checkpoint / "release").iterdir(), key=lambda path: path.stat().st_size)
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(size // 2)
+    return f"{path.name} has {size // 2} bytes, {size} expected"
+
+
+def test_a_truncated_file_is_named_with_both_sizes(checkpoint: Path) -> None:
+    message = _cut_in_half(checkpoint)
+    with pytest.raises(RankFailed, match=f"ValueError: .*{message}.*sps2 convert"):
+        run_ranks(1, _logits, checkpoint)
+
+
+def test_a_missing_file_is_named(checkpoint: Path) -> None:
+    (checkpoint / "release" / "common.pt").unlink()
+    with pytest.raises(RankFailed, match=r"FileNotFoundError: .*common\.pt is missing.*sps2 convert"):
+        run_ranks(1, _logits, checkpoint)
+
+
+def _error_of(folders: list[Path]) -> str:
+    try:
+        load_plain(folders[dist.get_rank()])
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_file_truncated_on_one_rank_only_is_an_error_on_all(original: Path, checkpoint: Path) -> None:
+    message = _cut_in_half(checkpoint)
+    whole, broken = run_ranks(2, _error_of, [original, checkpoint], timeout_s=60)
+    assert message in broken and not broken.startswith("rank")
+    assert whole == f"rank 1: {broken}"
+
+
+def _load_as(folder: Path, model: ModelConfig) -> None:
+    pg = ParallelGroups.create(ParallelConfig()).to_megatron()
+    load_weights(build_gpt(model, pg, PlainAttention, torch.float32), folder, pg)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tie_embeddings": True}, "unexpected output_layer.weight"),
+        ({"ffn_hidden_size": 192}, r"mlp\.linear_fc1\.weight has shape \(2, 192, 48\), expected \(2, 384, 48\)"),
+        ({"num_layers": 3}, r"self_attention\.linear_qkv\.weight has shape \(2, 144, 48\), expected \(3, "),
+        ({"hidden_size": 24}, r"word_embeddings\.weight has shape \(251, 48\), expected \(251, 24\)"),
+        ({"vocab_size": 300}, r"word_embeddings\.weight has shape \(251, 48\), expected \(300, 48\)"),
+    ],
+)
+def test_weights_that_do_not_fit_the_model_are_named(
+    original: Path, changes: dict[str, int], message: str
+) -> None:
+    model = replace(load_model_config(original), **changes)
+    with pytest.raises(RankFailed, match=f"ValueError: the weights in .*{message}"):
+        run_ranks(1, _load_as, original, model)
+
+
+def test_a_model_that_wants_a_weight_the_files_lack_is_told_which(tmp_path: Path) -> None:
+    save_hf_llama(tmp_path / "hf", 4, 4, tie_word_embeddings=True)
+    model = convert(tmp_path / "hf", tmp_path / "megatron")
+    with pytest.raises(RankFailed, match=r"missing output_layer\.weight"):
+        run_ranks(1, _load_as, tmp_path / "megatron", replace(model, tie_embeddings=False))
