@@ -63,7 +63,9 @@ def open_source(src: Path) -> Source:
         return GgufSource(src)
     if (src / "config.json").is_file():
         return HfSource(src)
-    raise ValueError(f"{src} is neither a .gguf file nor a folder with config.json; these two formats are read")
+    raise ValueError(
+        f"{src} is neither a .gguf file nor a folder with config.json; these two formats are read"
+    )
 
 
 def _check_target(target: Path, force: bool) -> None:
@@ -94,10 +96,12 @@ class _NoAttention(nn.Module):
 
 @contextmanager
 def _alone() -> Iterator[ProcessGroupCollection]:
-    """Process groups of one rank, without a launcher or a port; an existing world of one rank is used as it is."""
+    """Process groups of one rank, without a launcher or a port; a world of one rank is used as it is."""
     if dist.is_initialized():
         if dist.get_world_size() > 1:
-            raise RuntimeError(f"convert runs on one rank, the world has {dist.get_world_size()}; run it alone")
+            raise RuntimeError(
+                f"convert runs on one rank, the world has {dist.get_world_size()}; run it alone"
+            )
         yield _groups()
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -95,31 +95,36 @@ class GgufSource:
             raise ValueError(f"{self.path} has no metadata {key!r}, which a Llama model needs")
         return value
 
-    def _check_supported(self, head_dim: int) -> None:
+    def _check_architecture(self) -> None:
         architecture = self._required("general.architecture")
         if architecture != "llama":
             raise ValueError(f"{self.path}: architecture {architecture!r} is not supported; only 'llama' is")
         if self._optional("llama.expert_count", 0):
-            raise ValueError(f"{self.path}: llama.expert_count is not 0; mixtures of experts are not supported")
+            raise ValueError(
+                f"{self.path}: llama.expert_count is not 0; mixtures of experts are not supported"
+            )
+
+    def _check_positions(self, head_dim: int) -> None:
         scaling = self._optional("llama.rope.scaling.type", "none")
         if scaling != "none" or "rope_freqs.weight" in self._tensors:
             raise ValueError(
-                f"{self.path}: scaled positions (llama.rope.scaling.type={scaling!r}, tensor rope_freqs.weight) "
-                f"are not supported"
+                f"{self.path}: scaled positions are not supported "
+                f"(llama.rope.scaling.type={scaling!r}, or a tensor rope_freqs.weight)"
             )
         rotated = self._optional("llama.rope.dimension_count", head_dim)
         if rotated != head_dim:
             raise ValueError(
-                f"{self.path}: llama.rope.dimension_count={rotated} is not supported; it must be head_dim={head_dim}"
+                f"{self.path}: llama.rope.dimension_count={rotated} is not supported; "
+                f"it must be head_dim={head_dim}"
             )
 
     def _model_config(self) -> ModelConfig:
-        self._required("general.architecture")
-        if self._optional("general.architecture") != "llama":
-            self._check_supported(0)
-        hidden, heads = (int(self._required(f"llama.{k}")) for k in ("embedding_length", "attention.head_count"))
+        self._check_architecture()
+        hidden, heads = (
+            int(self._required(f"llama.{k}")) for k in ("embedding_length", "attention.head_count")
+        )
         head_dim = int(self._optional("llama.attention.key_length", hidden // heads))
-        self._check_supported(head_dim)
+        self._check_positions(head_dim)
         embedding = self._tensors.get("model.embed_tokens.weight")
         eos = self._optional("tokenizer.ggml.eos_token_id")
         return ModelConfig(
@@ -129,7 +134,9 @@ class GgufSource:
             num_attention_heads=heads,
             num_query_groups=int(self._optional("llama.attention.head_count_kv", heads)),
             head_dim=head_dim,
-            vocab_size=int(embedding.shape[1] if embedding is not None else self._required("llama.vocab_size")),
+            vocab_size=int(
+                embedding.shape[1] if embedding is not None else self._required("llama.vocab_size")
+            ),
             max_seq_len=int(self._required("llama.context_length")),
             norm_epsilon=_as_written(self._required("llama.attention.layer_norm_rms_epsilon")),
             rotary_base=float(self._optional("llama.rope.freq_base", 10000.0)),

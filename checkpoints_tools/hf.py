@@ -37,7 +37,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch the model again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object; fetch the model again")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, expected a JSON object; fetch the model again"
+        )
     return content
 
 
@@ -46,7 +48,9 @@ def _rotary_base(config: Mapping[str, Any], path: Path) -> float:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise ValueError(f"{path}: rope_scaling of type {kind!r} is not supported; only 'default' positions are")
+        raise ValueError(
+            f"{path}: rope_scaling of type {kind!r} is not supported; only 'default' positions are"
+        )
     _refuse(path, {"partial_rotary_factor": (1, 1.0)}, {**config, **rope})
     return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
 
@@ -55,13 +59,16 @@ def _refuse(path: Path, allowed: Mapping[str, tuple[Any, ...]], config: Mapping[
     for name, values in allowed.items():
         found = config.get(name)
         if found is not None and found not in values:
-            raise ValueError(f"{path}: {name}={found!r} is not supported; only {' or '.join(map(repr, values))} is")
+            raise ValueError(
+                f"{path}: {name}={found!r} is not supported; only {' or '.join(map(repr, values))} is"
+            )
 
 
 def _check_supported(config: Mapping[str, Any], path: Path) -> None:
     if config.get("model_type") not in ARCHITECTURES:
         raise ValueError(
-            f"{path}: model_type={config.get('model_type')!r} is not supported; use one of {', '.join(ARCHITECTURES)}"
+            f"{path}: model_type={config.get('model_type')!r} is not supported; "
+            f"only {' and '.join(ARCHITECTURES)} are"
         )
     allowed = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,)}
     _refuse(path, allowed, config)
@@ -71,13 +78,13 @@ def _check_supported(config: Mapping[str, Any], path: Path) -> None:
     window, length = config.get("sliding_window"), int(config.get("max_position_embeddings", 0))
     if window is not None and window < length:
         raise ValueError(
-            f"{path}: sliding_window={window} is not supported; every token must see all earlier ones. Set it "
-            f"to null only if the model was trained so, or max_position_embeddings={window} to stay inside it"
+            f"{path}: sliding_window={window} is not supported, every token sees all earlier ones; "
+            f"set max_position_embeddings={window} to stay inside the window"
         )
 
 
 def model_config(config: Mapping[str, Any], path: Path, generation: Mapping[str, Any]) -> ModelConfig:
-    """config.json (and generation_config.json) -> ModelConfig. Raises ValueError naming what is not supported."""
+    """config.json, generation_config.json -> ModelConfig. Raises ValueError naming what is not supported."""
     _check_supported(config, path)
     try:
         heads = int(config["num_attention_heads"])
@@ -173,5 +180,7 @@ def _weight_files(folder: Path) -> list[Path]:
     listed = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
     missing = [name for name in listed if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{folder / INDEX} names {missing}, not found in {folder}; fetch the model again")
+        raise FileNotFoundError(
+            f"{folder / INDEX} names {missing}, not found in {folder}; fetch the model again"
+        )
     return [folder / name for name in listed]

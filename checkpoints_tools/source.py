@@ -37,7 +37,7 @@ class Source(Protocol):
 
 
 def check_weights(source: Source) -> None:
-    """Raises ValueError naming weights that are missing, unexpected or of another shape than the config says."""
+    """Raises ValueError naming weights that are missing, unexpected or of a shape the config does not say."""
     expected = hf_shapes(source.model)
     found = source.shapes
     complaints = [f"{name} {shape} is missing" for name, shape in expected.items() if name not in found]
@@ -48,5 +48,7 @@ def check_weights(source: Source) -> None:
         if name in found and tuple(found[name]) != shape
     ]
     if complaints:
-        shown = "; ".join(complaints[:8]) + (f"; and {len(complaints) - 8} more" if len(complaints) > 8 else "")
+        shown = "; ".join(complaints[:8]) + (
+            f"; and {len(complaints) - 8} more" if len(complaints) > 8 else ""
+        )
         raise ValueError(f"the weights in {source.path} do not fit its config: {shown}")

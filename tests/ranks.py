@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -60,7 +61,7 @@ def _collect(pipes: list[Connection], ranks: list[Any], deadline: float) -> list
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:
-                failed, results[rank] = pipe.recv()  # type: ignore[union-attr]
+                failed, results[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
                 ranks[rank].join(5)
                 raise RankFailed(f"rank {rank} died, exit code {ranks[rank].exitcode}") from None
@@ -87,6 +88,7 @@ def _rank_main(
         result = (False, fn(*args))
     except BaseException:
         result = (True, traceback.format_exc())
-    pipe.send(result)
+    # Plain pickle copies tensors; the pipe's own would share memory that dies with this process.
+    pipe.send_bytes(pickle.dumps(result))
     pipe.close()
     os._exit(0)  # No teardown: peers of a failed rank may never answer.

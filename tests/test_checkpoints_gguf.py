@@ -43,7 +43,9 @@ GGUF_NAMES = {
 def _interleave(weight: Tensor, num_heads: int) -> Tensor:
     """llama.cpp's order, told per row: half-dim i of a head becomes dims 2i and 2i+1."""
     half = weight.shape[0] // num_heads // 2
-    rows = [head * 2 * half + i + side * half for head in range(num_heads) for i in range(half) for side in (0, 1)]
+    rows = [
+        head * 2 * half + i + side * half for head in range(num_heads) for i in range(half) for side in (0, 1)
+    ]
     return weight[rows]
 
 
@@ -92,7 +94,9 @@ def weights() -> dict[str, Tensor]:
     return {name: torch.randn(shape) for name, shape in hf_shapes(MODEL).items()}
 
 
-def test_a_written_file_comes_back_with_its_shape_and_weights(weights: dict[str, Tensor], tmp_path: Path) -> None:
+def test_a_written_file_comes_back_with_its_shape_and_weights(
+    weights: dict[str, Tensor], tmp_path: Path
+) -> None:
     source = GgufSource(_write(tmp_path / "tiny.gguf", weights))
     assert source.model == MODEL
     check_weights(source)
@@ -144,7 +148,9 @@ def test_missing_and_unexpected_weights_are_named(weights: dict[str, Tensor], tm
     del weights["model.layers.0.mlp.up_proj.weight"]
     extra = lambda w: w.add_tensor("blk.0.attn_q.bias", np.ones(32, np.float32))  # noqa: E731
     source = GgufSource(_write(tmp_path / "tiny.gguf", weights, more=extra))
-    with pytest.raises(ValueError, match=r"up_proj\.weight \(64, 32\) is missing; blk\.0\.attn_q\.bias .*unexpected"):
+    with pytest.raises(
+        ValueError, match=r"up_proj\.weight \(64, 32\) is missing; blk\.0\.attn_q\.bias .*unexpected"
+    ):
         check_weights(source)
 
 
@@ -156,7 +162,10 @@ def test_a_truncated_file_is_named(weights: dict[str, Tensor], tmp_path: Path, k
         GgufSource(path)
 
 
-def test_smollm2_weights_and_tokenizer_equal_those_transformers_reads(smollm2_gguf: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_smollm2_weights_and_tokenizer_equal_those_transformers_reads(
+    smollm2_gguf: Path, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = GgufSource(smollm2_gguf)

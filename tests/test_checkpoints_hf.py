@@ -14,7 +14,12 @@ from checkpoints_tools.convert import convert
 from megatron_sps2.config import ModelConfig
 from megatron_sps2.model.manifest import read_manifest
 from tests.ranks import run_ranks
-from tests.tiny_llama import forward, load_plain, prompt, save_hf_llama
+from tests.tiny_llama import forward, hf_config, load_plain, prompt, save_hf_llama
+
+MISTRAL_FIELDS = (
+    *("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("vocab_size", "max_position_embeddings", "rope_parameters", "initializer_range"),
+)
 
 
 @pytest.fixture
@@ -95,6 +100,22 @@ def test_what_is_not_supported_or_does_not_fit_is_refused_by_name(
     with pytest.raises(ValueError, match=message):
         convert(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mistral_folder_gives_the_model_that_transformers_reads(tmp_path: Path) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    values = {name: getattr(hf_config(4, 2), name) for name in MISTRAL_FIELDS}
+    # A window as long as the model's context is not in use.
+    hf = MistralForCausalLM(MistralConfig(**values, head_dim=8, sliding_window=512)).eval()
+    hf.save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "out")
+    with torch.inference_mode():
+        expected = hf(prompt(9)[None]).logits[0]
+    (found,) = run_ranks(1, _logits, tmp_path / "out")
+    # fp32 sums taken in another order.
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_config_without_a_needed_entry_is_named(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The house stays as drawn: floors import downward, files open with their purpose and stay short, the CLI starts."""
+"""The house stays as drawn: imports go downward, files say what they are and stay short, the CLI starts."""
 
 import ast
 import shutil
@@ -17,7 +17,7 @@ MAX_LINES = 400
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
     """import-linter in a process of its own, on the packages in `folder`."""
-    code = "import sys; from importlinter.cli import lint_imports_command as run; sys.argv[1:] = ['--no-cache']; run()"
+    code = "from importlinter.cli import lint_imports_command as run; run(['--no-cache'])"
     return subprocess.run(
         (sys.executable, "-c", code), cwd=folder, capture_output=True, text=True, timeout=120
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,8 @@ def _logits(folder: Path) -> np.ndarray:
 
 
 def _save_again(folder: Path, target: Path) -> None:
+    # run_ranks marks its ranks as daemons, which may not have children; Megatron's writer is one.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     model = load_model_config(folder)
     pg = ParallelGroups.create(ParallelConfig(tp_size=dist.get_world_size())).to_megatron()
     gpt = build_gpt(model, pg, PlainAttention, torch.float32)
@@ -60,7 +63,11 @@ def test_saved_at_tp_2_it_loads_at_tp_1_and_3(original: Path, tmp_path: Path) ->
 
 def test_the_manifest_tells_model_dtype_and_sizes(original: Path) -> None:
     manifest = read_manifest(original)
-    assert (manifest.dtype, manifest.model.num_attention_heads, manifest.model.eos_token_ids) == ("float32", 6, (2,))
+    assert (manifest.dtype, manifest.model.num_attention_heads, manifest.model.eos_token_ids) == (
+        "float32",
+        6,
+        (2,),
+    )
     assert manifest.files.keys() >= {"release/.metadata", "release/common.pt"}
     assert (original / "latest_checkpointed_iteration.txt").read_text().strip() == "release"
 
@@ -135,6 +142,13 @@ def test_a_file_truncated_on_one_rank_only_is_an_error_on_all(original: Path, ch
     assert whole == f"rank 1: {broken}"
 
 
+def test_a_tp_size_that_does_not_fit_the_heads_is_refused(tmp_path: Path) -> None:
+    save_hf_llama(tmp_path / "hf", 9, 3)
+    convert(tmp_path / "hf", tmp_path / "megatron")
+    with pytest.raises(RankFailed, match="ValueError: tp_size=2 does not divide num_attention_heads=9"):
+        run_ranks(2, _logits, tmp_path / "megatron")
+
+
 def _load_as(folder: Path, model: ModelConfig) -> None:
     pg = ParallelGroups.create(ParallelConfig()).to_megatron()
     load_weights(build_gpt(model, pg, PlainAttention, torch.float32), folder, pg)
@@ -144,7 +158,10 @@ def _load_as(folder: Path, model: ModelConfig) -> None:
     ("changes", "message"),
     [
         ({"tie_embeddings": True}, "unexpected output_layer.weight"),
-        ({"ffn_hidden_size": 192}, r"mlp\.linear_fc1\.weight has shape \(2, 192, 48\), expected \(2, 384, 48\)"),
+        (
+            {"ffn_hidden_size": 192},
+            r"mlp\.linear_fc1\.weight has shape \(2, 192, 48\), expected \(2, 384, 48\)",
+        ),
         ({"num_layers": 3}, r"self_attention\.linear_qkv\.weight has shape \(2, 144, 48\), expected \(3, "),
         ({"hidden_size": 24}, r"word_embeddings\.weight has shape \(251, 48\), expected \(251, 24\)"),
         ({"vocab_size": 300}, r"word_embeddings\.weight has shape \(251, 48\), expected \(300, 48\)"),

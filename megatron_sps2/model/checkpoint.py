@@ -23,7 +23,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import CoreAttentionBuilder
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sps2.config import DType, ModelConfig
+from megatron_sps2.config import DType, ModelConfig, ParallelConfig
 from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.model.manifest import (
     CONVERT_AGAIN,
@@ -33,15 +33,16 @@ from megatron_sps2.model.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_sps2.model.spec import build_gpt
+from megatron_sps2.model.spec import build_gpt, padded_vocab_size
 from megatron_sps2.parallel.collectives import gather_objects
 from megatron_sps2.parallel.groups import Axis
 
 T = TypeVar("T")
+Shapes = dict[str, tuple[int, ...]]
 
 _EXTRA_STATE = "_extra_state"
-# Their rows are vocabulary, padded to a multiple of tp_size, so row counts may differ from the saved ones.
-_PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
+# Their rows are the vocabulary, padded to a multiple of tp_size: the saved number of rows may be another.
+_VOCAB_ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def load_gpt(
@@ -51,8 +52,9 @@ def load_gpt(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> GptForward:
-    """This tp rank's shard of the checkpoint, ready to run. Collective over the world; raises as load_weights."""
+    """This tp rank's shard of the checkpoint, ready to run. Collective, and raises, as load_weights."""
     manifest = _together(lambda: read_manifest(folder))
+    ParallelConfig(tp_size=pg_collection.tp.size()).check_model(manifest.model)
     gpt = build_gpt(manifest.model, pg_collection, core_attention, dtype, device)
     load_weights(gpt, folder, pg_collection)
     return GptForward(gpt, manifest.model)
@@ -62,14 +64,16 @@ def load_weights(gpt: GPTModel, folder: str | Path, pg_collection: ProcessGroupC
     """Fills `gpt`, casting to its dtype. Collective over the world.
 
     Raises FileNotFoundError or ValueError on every rank alike, naming file, weight and fix, when a file is
-    missing or truncated, or weights are missing, unexpected or of another shape: before any rank waits for another.
+    missing or truncated, or weights are missing, unexpected or of another shape: no rank is left waiting.
     """
     sharded = _sharded_state(gpt, pg_collection.cp, with_extra_state=False)
     weights = str(Path(folder) / WEIGHTS_NAME)
 
     def check() -> None:
-        check_files(folder, read_manifest(folder))
-        _check_weights(sharded, _saved_shapes(weights), weights)
+        manifest = read_manifest(folder)
+        check_files(folder, manifest)
+        num_rows = padded_vocab_size(manifest.model.vocab_size, pg_collection.tp.size())
+        _check_weights(_expected_shapes(sharded), _saved_shapes(weights), num_rows, weights)
 
     _together(check)
     try:
@@ -125,12 +129,12 @@ def _replace(partial: Path, target: Path) -> None:
 
 def _sharded_state(gpt: GPTModel, replicas: dist.ProcessGroup, with_extra_state: bool) -> ShardedStateDict:
     state = gpt.sharded_state_dict(metadata={"dp_cp_group": replicas})
-    return {
-        name: value for name, value in state.items() if with_extra_state or not name.endswith(_EXTRA_STATE)
-    }
+    if with_extra_state:
+        return state
+    return {name: value for name, value in state.items() if not name.endswith(_EXTRA_STATE)}
 
 
-def _saved_shapes(weights: str) -> dict[str, tuple[int, ...]]:
+def _saved_shapes(weights: str) -> Shapes:
     try:
         saved = dist_checkpointing.load_tensors_metadata(weights)
     except Exception as error:  # Unpickling a damaged file can raise anything.
@@ -138,20 +142,19 @@ def _saved_shapes(weights: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.global_shape) for name, tensor in saved.items()}
 
 
-def _expected_shapes(sharded: ShardedStateDict) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(sharded: ShardedStateDict) -> Shapes:
     built = [v.build() if isinstance(v, ShardedTensorFactory) else v for v in nested_values(sharded)]
     tensors = [value for value in nested_values(built) if isinstance(value, ShardedTensor)]
     return {tensor.key: tuple(tensor.global_shape) for tensor in tensors}
 
 
-def _check_weights(sharded: ShardedStateDict, saved: dict[str, tuple[int, ...]], weights: str) -> None:
+def _check_weights(wanted: Shapes, saved: Shapes, num_vocab_rows: int, weights: str) -> None:
     """Raises ValueError naming the weights that are missing, unexpected or of another shape."""
-    wanted = _expected_shapes(sharded)
     complaints = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in saved]
     complaints += [f"unexpected {name} {shape}" for name, shape in saved.items() if name not in wanted]
     for name in wanted.keys() & saved.keys():
-        free = 1 if name in _PADDED else 0
-        if wanted[name][free:] != saved[name][free:]:
+        found = (num_vocab_rows, *saved[name][1:]) if name in _VOCAB_ROWS else saved[name]
+        if wanted[name] != found:
             complaints.append(f"{name} has shape {saved[name]}, expected {wanted[name]}")
     if complaints:
         shown = "; ".join(sorted(complaints)[:8]) + ("; ..." if len(complaints) > 8 else "")
@@ -162,17 +165,19 @@ def _check_weights(sharded: ShardedStateDict, saved: dict[str, tuple[int, ...]],
 
 def _world() -> Axis:
     size = dist.get_world_size()
-    return Axis(dist.group.WORLD, dist.get_rank(), size, tuple(range(size)))
+    group = dist.group.WORLD
+    assert group is not None
+    return Axis(group, dist.get_rank(), size, tuple(range(size)))
 
 
 def _together(check: Callable[[], T]) -> T:
-    """`check()`, unless it fails on any rank: then it fails on all, so that no rank waits for one that is gone."""
-    problem: Exception | None = None
+    """`check()`, unless it fails on any rank: then it fails on all, and none waits for one that is gone."""
+    problem: OSError | ValueError | None = None
     try:
         result = check()
     except (OSError, ValueError) as error:
         problem = error
-    problems = gather_objects(problem and (type(problem), str(problem)), _world())
+    problems = gather_objects(None if problem is None else (type(problem), str(problem)), _world())
     if problem is not None:
         raise problem
     for rank, found in enumerate(problems):
@@ -184,7 +189,7 @@ def _together(check: Callable[[], T]) -> T:
 
 @contextmanager
 def _cuda_stand_ins() -> Iterator[None]:
-    """Megatron's writer calls torch.cuda.synchronize and asks for the current device, with no CUDA there too."""
+    """Megatron's writer calls torch.cuda.synchronize and current_device where there is no CUDA, too."""
     if torch.cuda.is_available():
         yield
         return

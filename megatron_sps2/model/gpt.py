@@ -27,7 +27,7 @@ class GptForward:
         self.model = model
         tied = gpt.share_embeddings_and_output_weights
         plain = gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight
-        # Tied: a second, packed copy, as the lookup needs the plain one. It makes a decode's logits 2.5x faster.
+        # Tied: a second, packed copy, as the lookup needs the plain one. It makes logits 2.5 times faster.
         self._output_weight = pack(plain)
         if not tied:
             gpt.output_layer.weight = None
@@ -48,7 +48,7 @@ class GptForward:
 
     @torch.inference_mode()
     def layer(self, index: int, hidden: Tensor, angles: Tensor) -> Tensor:
-        """[s, b, h] -> [s, b, h] through layer `index` (from 0); the core attention may talk to other ranks."""
+        """[s, b, h] -> [s, b, h] through layer `index`, from 0. Its core attention may talk to others."""
         layer = self.gpt.decoder.layers[index]
         if hidden.shape[0] == 0:
             _attend_nothing(layer.self_attention, hidden)
@@ -58,7 +58,7 @@ class GptForward:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """[s, b, h] after the last layer -> [s, b, v] fp32, gathered over the tp axis, vocab padding cut off."""
+        """[s, b, h] after the last layer -> [s, b, v] fp32, gathered over the tp axis, padding cut off."""
         normed = self.gpt.decoder.final_layernorm(hidden)
         shard = linear(normed, self._output_weight)  # [s, b, v_padded/T]
         whole = _gather_vocab(shard, self.gpt.pg_collection.tp)
@@ -66,7 +66,7 @@ class GptForward:
 
 
 def _gather_vocab(shard: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
-    """[..., v/T] -> [..., v] on every tp rank. Megatron's own gather allocates on CUDA whatever its input is on."""
+    """[..., v/T] -> [..., v] on every tp rank. Megatron's own gather allocates on CUDA, always."""
     if tp_group.size() == 1:
         return shard
     shards = [torch.empty_like(shard) for _ in range(tp_group.size())]
@@ -75,7 +75,7 @@ def _gather_vocab(shard: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
 
 
 def _attend_nothing(attention: SelfAttention, hidden: Tensor) -> None:
-    """hidden [0, b, h]: enter the core attention alone, so that the other ranks' collectives find this rank there.
+    """hidden [0, b, h]: enter the core attention alone, where other ranks' collectives wait for this rank.
 
     Megatron's own forward cannot: it reshapes with -1, which no size decides when there are no elements.
     """

@@ -13,7 +13,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
-# Rows a weight is laid out for. Any number from 16 on gives the layout that is fast for 1 to thousands of rows.
+# Rows a weight is laid out for. From 16 on the layout is the same, and fast for 1 to thousands of rows.
 PACK_FOR_ROWS = 16
 
 
@@ -49,14 +49,14 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """[n, k] -> the same matrix in oneDNN's blocked layout; the plain tensor back where that is not possible."""
+    """[n, k] -> the same matrix in oneDNN's blocked layout; where that is not possible, `weight` itself."""
     if not can_pack(weight):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACK_FOR_ROWS)
 
 
 def pack_linears(gpt: GPTModel) -> None:
-    """Packs the weights of all layers' linears in place, once they are loaded; afterwards they cannot be saved."""
+    """Packs the weights of all layers' linears in place. Load them before; they cannot be saved after."""
     for module in gpt.modules():
         if isinstance(module, (CpuColumnParallelLinear, CpuRowParallelLinear)):
             module.weight = nn.Parameter(pack(module.weight), requires_grad=False)

@@ -42,7 +42,7 @@ def write_manifest(folder: Path, model: ModelConfig, dtype: DType) -> None:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Raises FileNotFoundError (no folder, no manifest) or ValueError (manifest that cannot be understood)."""
+    """Raises FileNotFoundError (no folder, no manifest) or ValueError (it cannot be understood)."""
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
@@ -56,14 +56,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         )
     try:
         return _parse(json.loads(path.read_text()))
-    except (
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} cannot be understood: {reason}; {CONVERT_AGAIN}") from error
 
@@ -92,6 +85,6 @@ def check_files(folder: str | Path, manifest: Manifest) -> None:
         found = path.stat().st_size
         if found != expected:
             raise ValueError(
-                f"checkpoint file {path} has {found} bytes, {expected} expected: it is truncated or was changed; "
-                f"{CONVERT_AGAIN}"
+                f"checkpoint file {path} has {found} bytes, {expected} expected: it is truncated or was "
+                f"changed; {CONVERT_AGAIN}"
             )

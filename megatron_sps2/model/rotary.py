@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def rotary_angles(positions: Tensor, head_dim: int, base: float) -> Tensor:
-    """[s] integer positions -> [s, 1, 1, head_dim] angles in radians, fp32, as Megatron's rotary embedding wants.
+    """[s] integer positions -> [s, 1, 1, head_dim] angles in radians, fp32, as Megatron's rotary code wants.
 
     Non-interleaved: dims i and i + head_dim/2 turn together, so the angles of the first half are repeated.
     """

@@ -25,7 +25,7 @@ from megatron_sps2.model.linear import CpuColumnParallelLinear, CpuRowParallelLi
 
 
 def transformer_config(model: ModelConfig, tp_size: int, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's config for inference: no bias, no dropout, no fusion that needs CUDA, weights left uninitialised."""
+    """Megatron's config for inference: no bias, no dropout, no fusion that needs CUDA, no weights drawn."""
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

@@ -31,7 +31,7 @@ class WeightRule:
 
 
 def join_qkv(model: ModelConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [n*d, h], k and v [n_kv*d, h] -> [n_kv * (n/n_kv + 2) * d, h]: per KV head its queries, its k, its v."""
+    """q [n*d, h], k and v [n_kv*d, h] -> [n_kv * (n/n_kv + 2) * d, h]: per KV head its queries, k and v."""
     groups, width = model.num_query_groups, q.shape[-1]
     parts = [x.view(groups, -1, model.head_dim, width) for x in (q, k, v)]
     return torch.cat(parts, dim=1).reshape(-1, width)

@@ -10,10 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_sps2.ops.blocked import attend_blocked
+from megatron_sps2.ops.blocked import attend_blocked, fast_bf16
+from megatron_sps2.ops.decode_attend import attend_few
 
 Values = Tensor | Callable[[], Tensor]
 Attend = Callable[..., tuple[Tensor, Tensor]]
+
+# Rows of a matmul (queries x query heads of a KV head) up to which copying keys costs more than it wins.
+FEW_ROWS = 32
 
 
 def attend(q: Tensor, k: Tensor, v: Values, *, scale: float, diagonal: int | None) -> tuple[Tensor, Tensor]:
@@ -30,7 +34,10 @@ def attend(q: Tensor, k: Tensor, v: Values, *, scale: float, diagonal: int | Non
 
 def choose(q: Tensor, k: Tensor) -> Attend:
     """The implementation for these tensors."""
-    return attend_blocked
+    few = q.shape[0] * q.shape[2] <= FEW_ROWS * k.shape[2]
+    # bf16 keys are attended where they lie only by oneDNN on CPU: how it adds is known (see decode_attend).
+    in_place = q.dtype == torch.float32 or (q.device.type == "cpu" and fast_bf16(q))
+    return attend_few if few and in_place else attend_blocked
 
 
 def check_shapes(q: Tensor, k: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Prefill attention in tiles of rows x keys with a running softmax, one KV head at a time. Knows tensors only.
+"""Prefill attention in tiles of rows x keys with a running softmax, one KV head at a time. Knows no rank.
 
 Scores are fp32 whatever the inputs: rounding them to bf16 would cost several times the error of bf16 itself.
 The query heads that share a KV head are rows of one matmul.
@@ -26,8 +26,11 @@ LN2 = math.log(2.0)
 def attend_blocked(
     q: Tensor, k: Tensor, v: Tensor | Callable[[], Tensor], *, scale: float, diagonal: int | None
 ) -> tuple[Tensor, Tensor]:
-    """As `ops.attend.attend`, q `[sq, b, n, d]` -> out `[sq, b, n, d]`, lse `[sq, b, n]`; holds one tile of scores."""
+    """As `ops.attend.attend`: q `[sq, b, n, d]` -> out, lse `[sq, b, n]`. Holds one tile of scores."""
     group = q.shape[2] // k.shape[2]
+    # Freed at once, never touched: then glibc keeps blocks of a tile's size. Otherwise it maps them and
+    # faults in their pages at every tile (a fifth of the time at 2K tokens).
+    q.new_empty(4 * TILE_ROWS * TILE_KEYS, dtype=torch.float32)
     out, lse = q.new_zeros(q.shape), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     # Queries i < -diagonal see no key: their zeros and -inf stand as they are.
     blind = 0 if diagonal is None else min(len(q), max(0, -diagonal))
@@ -68,13 +71,13 @@ class _Group:
             out[block], lse[block] = part.view_as(out[block]), row_lse.view_as(lse[block])
 
     def _edge_mask(self, size: int) -> Tensor:
-        """`[size * g, size]` to add to scores: row i does not see the t-th key past those all rows see when t >= i."""
+        """`[size * g, size]` for scores: query i does not see the t-th key past those all see if t >= i."""
         above = torch.ones(size, size, dtype=torch.bool, device=self.q.device).triu_()
         mask = torch.zeros(size, size, device=self.q.device).masked_fill_(above, -torch.inf)
         return mask.repeat_interleave(self.q.shape[1], dim=0)
 
     def _tiles(self, block: slice, mask: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The keys that a block of queries sees and their scores `[rows, keys]`; in the first tile each row sees one."""
+        """Keys that a block sees and their scores `[rows, keys]`; in the first tile each row sees one."""
         rows = self.q[block].flatten(0, 1)
         # Keys before `seen` are seen by every row, keys from `end` on by none.
         seen = end = len(self.k)
@@ -82,7 +85,7 @@ class _Group:
             seen, end = min(seen, block.start + self.diagonal + 1), min(end, block.stop + self.diagonal)
         cuts = [*range(0, seen, TILE_KEYS), end]
         for low, high in reversed([*itertools.pairwise(cuts)]):
-            scores = _product(rows, self.k[low:high].t())
+            scores = product(rows, self.k[low:high].t())
             if high > seen:
                 scores[:, seen - low :] += mask[: len(rows), : high - seen]
             yield slice(low, high), scores
@@ -101,23 +104,27 @@ class _Group:
         return part.div_(total), total.log2().add_(top).mul_(LN2)
 
     def _weigh(self, keys: slice, scores: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores `[rows, keys]`, overwritten -> sum of weight x value `[rows, d]` and of weights `[rows, 1]`, fp32."""
+        """Scores `[rows, keys]`, overwritten -> sums of weight x value `[rows, d]`, weights `[rows, 1]`."""
         weights = scores.sub_(top).exp2_()
         values = self.values()[keys]
         total = weights.sum(dim=1, keepdim=True)
         if values.dtype == torch.float32:
-            return _product(weights, values), total
+            return product(weights, values), total
         return torch.mm(weights.to(values.dtype), values).float(), total
 
 
 def _as_values(v: Tensor) -> Tensor:
     """Contiguous, and in bf16 only where that is fast: elsewhere fp32 costs no more and is nearer."""
-    native = v.dtype == torch.bfloat16 and (v.is_cuda or torch.cpu._is_avx512_bf16_supported())
-    return v.to(v.dtype if native else torch.float32).contiguous()
+    return v.to(v.dtype if fast_bf16(v) else torch.float32).contiguous()
 
 
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """fp32 x `[m, k]` times y `[k, n]`. On CPU oneDNN's linear layer does it about twice as fast as torch.mm."""
+def fast_bf16(x: Tensor) -> bool:
+    """Whether bf16 matmuls of x beat fp32 ones."""
+    return x.dtype == torch.bfloat16 and (x.is_cuda or torch.cpu._is_avx512_bf16_supported())
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """fp32 x `[m, k]` times y `[k, n]`. On CPU oneDNN's linear layer is about twice as fast as torch.mm."""
     if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, y.t(), None, "none", [], "")
     return torch.mm(x, y)
