@@ -1,0 +1,1 @@
+"""The tests, their ranks and their references."""

@@ -67,7 +67,7 @@ class DecodeStep:
         return merge(outs, lses)[0].unsqueeze(1)
 
     def _take_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V of the rows at home here -> of the rows kept here; nothing travels when those are the same."""
+        """K and V of the rows at home here -> of the rows kept here; nothing travels if they are the same."""
         if all(row.home == row.kv_rank for row in self.rows):
             return k, v
         me, ranks = self.wire.axis.rank, range(self.wire.axis.size)
@@ -80,7 +80,7 @@ class DecodeStep:
         return k, v
 
     def _attend_shards(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """[b, n, d] -> this rank's partial out [b, n, d] and lse [b, n] fp32, row by row over ragged shards."""
+        """[b, n, d] -> this rank's part: out [b, n, d], lse [b, n] fp32; row by row, as shards are ragged."""
         out = torch.zeros_like(queries)
         lse = queries.new_full(queries.shape[:2], float("-inf"), dtype=torch.float32)
         for i, runs in enumerate(self._shards):

@@ -88,7 +88,7 @@ class KVCache:
         return self.runs(request_id, first, last)
 
     def runs(self, request_id: int, start: int, stop: int) -> list[SlotRun]:
-        """Where tokens start <= i < stop of the request's shard lie: as few runs of slots as its blocks allow."""
+        """Where tokens start <= i < stop of the request's shard lie, in as few runs of slots as can be."""
         size, found = self.config.block_size, list[SlotRun]()
         table = self._tables.get(request_id, BlockTable())
         while start < stop:
@@ -112,7 +112,7 @@ class KVCache:
             first = last
 
     def read(self, layer: int, runs: list[SlotRun]) -> tuple[Tensor, Tensor]:
-        """k, v [s, 1, n_kv, d] of `runs`: views of the cache when there is one run, gathered when there are more."""
+        """k, v [s, 1, n_kv, d] of `runs`: a view of the cache where it is one run, else gathered."""
         return _gather(self._keys[layer], runs), _gather(self._values[layer], runs)
 
     def free(self, request_id: int) -> None:

@@ -1,0 +1,1 @@
+"""Floor 6: the `sps2` command line."""

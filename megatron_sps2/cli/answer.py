@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import AbstractContextManager
 
@@ -12,6 +13,8 @@ from megatron_sps2.engine.detokenizer import Detokenizer
 from megatron_sps2.engine.engine import Engine
 from megatron_sps2.engine.request import FinishReason, Request
 from megatron_sps2.engine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def stream_answer(engine: Engine, request: Request, tokenizer: Tokenizer | None, *, show: bool) -> str:
@@ -24,10 +27,12 @@ def stream_answer(engine: Engine, request: Request, tokenizer: Tokenizer | None,
         Detokenizer(tokenizer, request.params.stop, request.params.min_tokens) if tokenizer else None
     )
     text, bar = "", PrefillBar(show)
+    logger.info("prompt of %d tokens, %d of them cached", request.num_prompt_tokens, request.num_past)
     with bar:
         while request.finish_reason is None:
             for news in engine.step():
                 if not news.has_token:
+                    logger.info("prefill: layer %d of %d", news.layers_done, news.num_layers)
                     bar.update(request, news.layers_done, news.num_layers)
                     continue
                 bar.finish()
@@ -39,7 +44,8 @@ def stream_answer(engine: Engine, request: Request, tokenizer: Tokenizer | None,
                     engine.finish(request)
     if request.finish_reason is FinishReason.ERROR:
         raise RuntimeError(
-            f"the model's logits after {len(request.output)} tokens are not numbers; check the checkpoint and --dtype"
+            f"the model's logits after {len(request.output)} tokens are not numbers; check the checkpoint "
+            "and --dtype"
         )
     rest = detokenizer.flush() if detokenizer else ""
     if show:

@@ -1,40 +1,50 @@
-"""The flags of every command and the settings they make. Names are those of Megatron and vLLM users.
-
-A TOML file given with --config sets defaults by flag name; flags on the command line win.
-"""
+"""The flags of every command and the settings they make. Names are those of Megatron and vLLM users."""
 
 from __future__ import annotations
 
 import argparse
-import tomllib
-from pathlib import Path
 from typing import Any
 
-from megatron_sps2.config import DTYPES, PREFILL_STRATEGIES, AttentionConfig, ParallelConfig, SamplingParams
+from megatron_sps2.config import (
+    DTYPES,
+    PREFILL_STRATEGIES,
+    AttentionConfig,
+    ModelConfig,
+    ParallelConfig,
+    SamplingParams,
+)
 
 Commands = Any  # argparse does not export the type of add_subparsers()
 
 
+class _Help(argparse.HelpFormatter):
+    """Adds the default to a flag's help where there is one to speak of."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_said = action.help and "default" in action.help
+        default = action.default
+        if is_said or default is None or default is False or default in ([], argparse.SUPPRESS):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 def add_generate(commands: Commands, name: str) -> None:
     parser = _command(commands, name, "answer one prompt and print the text, a report or JSON")
+    _add_prompt(parser)
     _add_engine(parser)
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
-    prompt.add_argument(
-        "--prompt-file", metavar="FILE", help="a text file (UTF-8) with the prompt; - is stdin"
-    )
-    prompt.add_argument("--prompt-ids", metavar="FILE", help="a JSON file with a list of token ids")
-    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     _add_sampling(parser, max_tokens=64)
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--report", action="store_true", help="end with a table of times, KV and bytes sent")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else")
+    output.add_argument("--report", action="store_true", help="end with a table of times, KV and bytes sent")
+    _finish(parser)
 
 
 def add_chat(commands: Commands, name: str) -> None:
     parser = _command(commands, name, "talk with the model; the KV cache is kept between turns")
-    _add_engine(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system message")
+    _add_engine(parser)
     _add_sampling(parser, max_tokens=256)
+    _finish(parser)
 
 
 def add_convert(commands: Commands, name: str) -> None:
@@ -50,12 +60,22 @@ def add_convert(commands: Commands, name: str) -> None:
 
 def add_doctor(commands: Commands, name: str) -> None:
     parser = _command(commands, name, "print what is installed, the ranks, and the memory a checkpoint needs")
-    parser.add_argument("--checkpoint", metavar="DIR")
+    _add_checkpoint(parser, required=False)
     _add_parallel(parser)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--max-model-len", type=int, metavar="N", help="tokens of one request")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    _add_memory(parser, longest="max_seq_len of the model")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else")
     _finish(parser)
+
+
+def check_size_flags(args: argparse.Namespace, model: ModelConfig) -> None:
+    """Raises ValueError for ranks or lengths that do not fit the model."""
+    parallel_config(args).check_model(model)
+    if args.block_size < 1:
+        raise ValueError(f"--block-size {args.block_size} must be at least 1")
+    if args.max_model_len is not None and not 1 <= args.max_model_len <= model.max_seq_len:
+        raise ValueError(
+            f"--max-model-len {args.max_model_len} must lie in 1..{model.max_seq_len}, what the model allows"
+        )
 
 
 def parallel_config(args: argparse.Namespace) -> ParallelConfig:
@@ -84,108 +104,132 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 
 def _command(commands: Commands, name: str, what: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what)
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=what, description=what, formatter_class=_Help, allow_abbrev=False
+    )
     return parser
 
 
-def _add_parallel(parser: argparse.ArgumentParser) -> None:
+def _add_prompt(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompt")
+    prompt = group.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt itself; - is stdin")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 text file with the prompt; - is stdin")
+    prompt.add_argument("--prompt-ids", metavar="FILE", help="a JSON file, a list of token ids; - is stdin")
+    group.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+
+
+def _add_checkpoint(parser: argparse._ActionsContainer, required: bool) -> None:
+    parser.add_argument(
+        *("--checkpoint", "--load"),
+        required=required,
+        metavar="DIR",
+        help="a folder made by `sps2 convert`",
+    )
+
+
+def _add_parallel(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         *("--sp", "--sequence-parallel-size", "--context-parallel-size"),
         type=int,
         default=1,
         metavar="P",
-        help="sequence-parallel ranks",
+        help="sequence-parallel ranks: each computes and keeps its part of the sequence",
     )
     parser.add_argument(
         *("--tp", "--tensor-model-parallel-size", "--tensor-parallel-size"),
         type=int,
         default=1,
         metavar="T",
-        help="tensor-parallel ranks",
+        help="tensor-parallel ranks: each has its part of the weights and heads",
     )
 
 
-def _add_engine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint", "--load", required=True, metavar="DIR", help="a folder made by `sps2 convert`"
-    )
-    _add_parallel(parser)
+def _add_memory(parser: argparse._ActionsContainer, longest: str) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="dtype of weights, KV and computing"
     )
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one"
-    )
-    parser.add_argument(
-        "--attention", choices=("exact",), default="exact", help="exact attention over all tokens"
-    )
-    parser.add_argument(
-        "--strategy", choices=PREFILL_STRATEGIES, default="auto", help="how a prompt attends across sp ranks"
-    )
-    parser.add_argument(
-        "--pipeline",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="overlap the exchange of a head chunk with the attention of another; never changes the result",
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is cuda where there is one"
     )
     parser.add_argument(
         *("--max-model-len", "--inference-max-seq-length"),
         type=int,
         metavar="N",
-        help="tokens of prompt and answer at most (default: what this run needs)",
+        help=f"tokens of prompt and answer at most (default: {longest})",
     )
     parser.add_argument("--block-size", type=int, default=64, metavar="N", help="tokens per KV cache block")
-    parser.add_argument(
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and ranks")
+    _add_checkpoint(group, required=True)
+    _add_parallel(group)
+    _add_memory(group, longest="what this run needs; chat: max_seq_len of the model")
+    group.add_argument("--attention", choices=("exact",), default="exact", help="exact attends to all tokens")
+    group.add_argument(
+        "--strategy",
+        choices=PREFILL_STRATEGIES,
+        default="auto",
+        help="how a prompt attends across sp ranks; changes the speed, not the result",
+    )
+    group.add_argument(
+        "--pipeline",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="overlap the exchange of a head chunk with the attention of another; same result (default: on)",
+    )
+    group.add_argument(
         "--timeout-s",
         type=float,
         default=300,
         metavar="S",
         help="a collective that takes longer ends the run; a rank that dies is noticed at once",
     )
-    _finish(parser)
 
 
 def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    parser.add_argument("--max-tokens", "--tokens-to-generate", type=int, default=max_tokens, metavar="N")
-    parser.add_argument("--min-tokens", type=int, default=0, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="0 keeps all")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="X")
-    parser.add_argument("--min-p", type=float, default=0.0, metavar="X")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument(
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        *("--max-tokens", "--tokens-to-generate"),
+        type=int,
+        default=max_tokens,
+        metavar="N",
+        help="tokens of the answer at most",
+    )
+    group.add_argument(
+        "--min-tokens", type=int, default=0, metavar="N", help="no end before this many tokens"
+    )
+    group.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy")
+    group.add_argument("--top-k", type=int, default=0, metavar="N", help="the N likeliest tokens; 0 is all")
+    group.add_argument(
+        "--top-p", type=float, default=1.0, metavar="X", help="the likeliest tokens that hold X together"
+    )
+    group.add_argument(
+        "--min-p", type=float, default=0.0, metavar="X", help="tokens at least X times as likely as the first"
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: say less again; 1 is off"
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="same seed, same tokens, at any --sp and --tp"
+    )
+    group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
     )
-    parser.add_argument("--stop-token-ids", type=int, nargs="*", default=[], metavar="ID")
-    parser.add_argument("--ignore-eos", action="store_true")
-    parser.add_argument(
+    group.add_argument(
+        "--stop-token-ids", type=int, nargs="*", default=[], metavar="ID", help="end at any of these tokens"
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the model's end of text")
+    group.add_argument(
         "--logprobs", type=int, metavar="K", help="log-probability of each token and the K likeliest"
     )
 
 
 def _finish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config", action=_TomlDefaults, metavar="FILE", help="TOML file with defaults for these flags"
+        "--config", metavar="FILE", help="TOML file of these flags, such as sp = 2; the command line wins"
     )
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
-
-
-class _TomlDefaults(argparse.Action):
-    """--config FILE: each key is a flag's name without dashes in front; flags on the command line win."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
-    ) -> None:
-        try:
-            settings = tomllib.loads(Path(values).read_text())
-        except (OSError, ValueError) as error:
-            parser.error(f"--config {values}: {error}")
-        for key, value in settings.items():
-            name = key.replace("-", "_")
-            actions = {action.dest: action for action in parser._actions}
-            if name not in actions:
-                parser.error(f"--config {values}: {key} is not a flag of this command")
-            # A flag given before --config has already left its default; it wins.
-            if getattr(namespace, name, None) == parser.get_default(name):
-                setattr(namespace, name, value)
+    parser.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="on stderr"
+    )

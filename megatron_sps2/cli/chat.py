@@ -1,4 +1,4 @@
-"""`sps2 chat`: turn after turn; what was said before stays in the KV cache and only new tokens are prefilled."""
+"""`sps2 chat`: turn after turn; what was said stays in the KV cache and only new tokens are prefilled."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import queue
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,7 @@ IDLE_STEP_S = 30.0
 
 
 def run(args: argparse.Namespace) -> int:
-    check_flags(args)
-    return in_world(args, _chat)
+    return in_world(args, _chat, check_flags)
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -34,17 +34,19 @@ def _chat(args: argparse.Namespace) -> int:
     from megatron_sps2.engine.tokenizer import load_tokenizer
     from megatron_sps2.parallel.collectives import from_first_rank
 
-    def check_template() -> None:
+    def measure() -> int:
+        """Tokens the cache must hold; raises when there is no chat template."""
         load_tokenizer(args.checkpoint).encode_chat([{"role": "user", "content": "?"}])
+        return args.max_model_len or load_model_config(args.checkpoint).max_seq_len
 
-    from_first_rank(check_template)
-    longest = args.max_model_len or load_model_config(args.checkpoint).max_seq_len
+    longest = from_first_rank(measure)
     engine = build_engine(engine_config(args, longest))
     if not engine.is_leader:
         engine.follow()
         return 0
     conversation = Conversation(engine, load_tokenizer(args.checkpoint), args)
-    print("Type a message; an empty line or Ctrl-D ends the chat.", file=sys.stderr)
+    if sys.stdin.isatty():
+        print("Type a message; an empty line or Ctrl-D ends the chat.", file=sys.stderr)
     for line in _lines(engine):
         conversation.say(line)
     engine.stop()
@@ -94,7 +96,7 @@ class Conversation:
         return request
 
 
-def _lines(engine: Engine):  # type: ignore[no-untyped-def]
+def _lines(engine: Engine) -> Iterator[str]:
     """Lines of stdin until an empty one, with idle steps while nothing is typed."""
     typed: queue.Queue[str] = queue.Queue()
 

@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sps2.cli.arguments import parallel_config
+from megatron_sps2.cli.arguments import check_size_flags, parallel_config
 from megatron_sps2.cli.report import ELEMENT_SIZE
-from megatron_sps2.config import ModelConfig, ParallelConfig
+from megatron_sps2.config import DType, ModelConfig, ParallelConfig
 from megatron_sps2.model.manifest import load_model_config
 from megatron_sps2.parallel.rank_env import RankEnv, threads_per_rank
 
@@ -25,10 +25,7 @@ def run(args: argparse.Namespace) -> int:
     parallel = parallel_config(args)
     found = {"installed": _installed(), "machine": _machine(), "ranks": _ranks(parallel)}
     if args.checkpoint:
-        model = load_model_config(args.checkpoint)
-        parallel.check_model(model)
-        length = args.max_model_len or model.max_seq_len
-        found["memory"] = memory_per_rank(model, parallel, ELEMENT_SIZE[args.dtype], length)
+        found["memory per rank"] = memory_per_rank(args, load_model_config(args.checkpoint))
     if args.json:
         print(json.dumps(found))
     else:
@@ -37,25 +34,52 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def memory_per_rank(
-    model: ModelConfig, parallel: ParallelConfig, element_size: int, max_model_len: int
-) -> dict[str, Any]:
-    """Bytes one rank needs for its weights and for the KV of one request of max_model_len tokens."""
-    heads = model.num_attention_heads + model.num_query_groups
-    per_layer = 2 * heads * model.head_dim * model.hidden_size + 3 * model.hidden_size * model.ffn_hidden_size
-    embedding = model.vocab_size * model.hidden_size
-    # A tied matrix is kept a second time, in the layout that makes logits fast.
-    sharded = model.num_layers * per_layer + 2 * embedding
-    norms = (2 * model.num_layers + 1) * model.hidden_size
-    tokens = -(-max_model_len // parallel.sp_size)
-    kv_per_token = 2 * model.num_layers * model.num_query_groups // parallel.tp_size * model.head_dim
+def memory_per_rank(args: argparse.Namespace, model: ModelConfig) -> dict[str, Any]:
+    """Bytes one rank keeps: its weights, and the KV cache of a request of max_model_len tokens.
+
+    Computing needs some more, for a while: activations of the rank's part of the prompt.
+    """
+    from megatron_sps2.cli.world import pick_device
+    from megatron_sps2.engine.build import EngineConfig
+
+    check_size_flags(args, model)
+    config = EngineConfig(
+        checkpoint=args.checkpoint,
+        parallel=parallel_config(args),
+        max_model_len=args.max_model_len or model.max_seq_len,
+        block_size=args.block_size,
+    )
+    cache, tp_size, size = config.sized_cache(), config.parallel.tp_size, ELEMENT_SIZE[args.dtype]
+    output_copy = has_output_copy(model, args.dtype, pick_device(args.device, 0))
+    weights = num_weights(model, tp_size, output_copy) * size
+    kv_per_token = 2 * model.num_layers * (model.num_query_groups // tp_size) * model.head_dim * size
     return {
-        "weights_bytes": round((sharded / parallel.tp_size + norms) * element_size),
-        "kv_bytes": tokens * kv_per_token * element_size,
-        "kv_bytes_per_token": kv_per_token * element_size,
-        "max_model_len": max_model_len,
-        "kv_tokens": tokens,
+        "weights_bytes": weights,
+        "kv_bytes": cache.tokens_per_rank * kv_per_token,
+        "total_bytes": weights + cache.tokens_per_rank * kv_per_token,
+        "kv_bytes_per_token": kv_per_token,
+        "kv_tokens": cache.tokens_per_rank,
+        "max_model_len": config.max_model_len,
     }
+
+
+def num_weights(model: ModelConfig, tp_size: int, output_copy: bool) -> int:
+    """Elements that one tp rank keeps; `output_copy`: the output layer has a matrix of its own."""
+    heads = 2 * model.num_attention_heads + 2 * model.num_query_groups
+    per_layer = heads * model.head_dim * model.hidden_size + 3 * model.hidden_size * model.ffn_hidden_size
+    rows = -(-model.vocab_size // tp_size)  # the vocabulary is padded to a multiple of tp_size
+    embeddings = (1 + output_copy) * rows * model.hidden_size
+    norms = (2 * model.num_layers + 1) * model.hidden_size
+    return model.num_layers * per_layer // tp_size + embeddings + norms
+
+
+def has_output_copy(model: ModelConfig, dtype: DType, device: str) -> bool:
+    """Untied, or tied and kept a second time in the layout that makes logits fast."""
+    import torch
+
+    from megatron_sps2.model.linear import can_pack
+
+    return not model.tie_embeddings or can_pack(torch.empty(1, 1, dtype=getattr(torch, dtype), device=device))
 
 
 def _installed() -> dict[str, str]:
@@ -85,6 +109,7 @@ def _machine() -> dict[str, Any]:
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cuda_devices": devices,
         "backend": "nccl" if devices else "gloo",
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
 
 
@@ -109,6 +134,16 @@ def _ranks(parallel: ParallelConfig) -> dict[str, Any]:
 def _print_section(title: str, section: dict[str, Any]) -> None:
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in section.items():
-        shown = f"{value / 2**20:,.1f} MiB" if name in ("weights_bytes", "kv_bytes") else value
-        table.add_row(name.replace("_", " ").removesuffix(" bytes"), str(shown))
+        shown = f"{value / 2**20:,.1f} MiB" if name.endswith("_bytes") else _spell(value)
+        table.add_row(_label(name), shown)
     Console().print(table)
+
+
+def _label(name: str) -> str:
+    return name if name in PACKAGES else name.removesuffix("_bytes").replace("_", " ")
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) else str(value)

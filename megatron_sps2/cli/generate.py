@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sps2.cli.arguments import attention_config, parallel_config, sampling_params
+from megatron_sps2.cli.arguments import attention_config, check_size_flags, parallel_config, sampling_params
 from megatron_sps2.cli.world import in_world
-from megatron_sps2.config import ParallelConfig
 from megatron_sps2.model.manifest import load_model_config
 
 if TYPE_CHECKING:
@@ -18,26 +17,20 @@ if TYPE_CHECKING:
     from megatron_sps2.engine.engine import Engine
     from megatron_sps2.engine.tokenizer import Tokenizer
 
+STDIN = "-"
+
 
 def run(args: argparse.Namespace) -> int:
-    check_flags(args)
-    if args.prompt_file == "-":  # Ranks are other processes: what the user pipes in is read here.
-        args.prompt, args.prompt_file = sys.stdin.read(), None
-    return in_world(args, _generate)
+    return in_world(args, _generate, check_flags)
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raises for everything that is wrong before a single rank has to be started."""
-    model, parallel = load_model_config(args.checkpoint), parallel_config(args)
-    parallel.check_model(model)
+    """Raises ValueError or OSError for everything that can be wrong before a prompt is read."""
+    check_size_flags(args, load_model_config(args.checkpoint))
     sampling_params(args)
     attention_config(args)
-    if args.block_size < 1:
-        raise ValueError(f"--block-size {args.block_size} must be at least 1")
-    if args.max_model_len is not None and not 1 <= args.max_model_len <= model.max_seq_len:
-        raise ValueError(
-            f"--max-model-len {args.max_model_len} must lie in 1..{model.max_seq_len} (max_seq_len of the model)"
-        )
+    if not 0 < args.timeout_s < float("inf"):
+        raise ValueError(f"--timeout-s {args.timeout_s} must be a number of seconds above 0")
 
 
 def engine_config(args: argparse.Namespace, max_model_len: int) -> EngineConfig:
@@ -61,10 +54,8 @@ def _generate(args: argparse.Namespace) -> int:
     from megatron_sps2.engine.build import build_engine
     from megatron_sps2.parallel.collectives import from_first_rank
 
-    prompt_ids = from_first_rank(lambda: read_prompt(args))
-    model = load_model_config(args.checkpoint)
-    needed = len(prompt_ids) + args.max_tokens
-    engine = build_engine(engine_config(args, args.max_model_len or min(max(needed, 1), model.max_seq_len)))
+    prompt_ids, longest = from_first_rank(lambda: _measure(args, read_prompt(args)))
+    engine = build_engine(engine_config(args, longest))
     if engine.is_leader:
         try:
             return _lead(args, engine, prompt_ids)
@@ -77,20 +68,35 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _measure(args: argparse.Namespace, prompt_ids: list[int]) -> tuple[list[int], int]:
+    """The prompt, and the tokens of prompt and answer that the cache must hold."""
+    needed = max(1, len(prompt_ids) + args.max_tokens)
+    return prompt_ids, args.max_model_len or min(needed, load_model_config(args.checkpoint).max_seq_len)
+
+
 def read_prompt(args: argparse.Namespace) -> list[int]:
     """Token ids of the prompt the flags name. Raises ValueError or OSError naming what is wrong with it."""
     if args.prompt_ids is not None:
         return _read_ids(args.prompt_ids)
-    text = args.prompt if args.prompt_file is None else Path(args.prompt_file).read_text(encoding="utf-8")
+    inline = args.prompt is not None and args.prompt != STDIN
+    text = args.prompt if inline else _read_text(args.prompt_file or STDIN)
     if not text:
         raise ValueError("the prompt is empty (0 tokens); give at least one token")
     tokenizer = _load_tokenizer(args)
     return tokenizer.encode_chat([{"role": "user", "content": text}]) if args.chat else tokenizer.encode(text)
 
 
+def _read_text(path: str) -> str:
+    content = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); a prompt file holds plain text") from error
+
+
 def _read_ids(path: str) -> list[int]:
     try:
-        ids = json.loads(Path(path).read_text())
+        ids = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path} is not JSON: {error}; write a list of token ids such as [1, 2, 3]"
@@ -122,7 +128,7 @@ def _lead(args: argparse.Namespace, engine: Engine, prompt_ids: list[int]) -> in
         request=request,
         text=text,
         model=engine.model,
-        parallel=_parallel(args),
+        parallel=parallel_config(args),
         dtype=args.dtype,
         strategy=engine.last_strategy,
         kv_tokens_per_rank=kv_tokens,
@@ -133,7 +139,3 @@ def _lead(args: argparse.Namespace, engine: Engine, prompt_ids: list[int]) -> in
     elif args.report:
         print_table(report)
     return 0
-
-
-def _parallel(args: argparse.Namespace) -> ParallelConfig:
-    return parallel_config(args)

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
-import os
 import sys
 from collections.abc import Sequence
 
 from megatron_sps2 import __version__
 from megatron_sps2.cli import arguments
+from megatron_sps2.cli.config_file import insert_config
+from megatron_sps2.cli.process import INTERRUPTED, report, set_logging
 
-USER_ERROR, RUN_ERROR = 2, 1
-
-# Command -> (module with run(args) -> int, what it adds to the parser).
+# Command -> what it adds to the parser; megatron_sps2.cli.COMMAND has run(args) -> exit code.
 COMMANDS = {
     "generate": arguments.add_generate,
     "chat": arguments.add_chat,
@@ -28,7 +26,10 @@ COMMANDS = {
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="sps2", description="Serve long prompts over sequence-parallel ranks, on Megatron-core layers."
+        prog="sps2",
+        description="Serve long prompts over sequence-parallel ranks, on Megatron-core layers.",
+        epilog="`sps2 COMMAND --help` lists a command's flags and their defaults.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"sps2 {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -37,31 +38,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """The settings of one command. Flags on the command line win over those of a --config file."""
+    parser = build_parser()
+    return parser.parse_args(insert_config(parser, list(argv)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 for a run that failed, 2 for input that cannot be served."""
-    args = build_parser().parse_args(argv)
-    rank = os.environ.get("RANK", os.environ.get("SPS2_RANK", "0"))
-    logging.basicConfig(
-        level=args.log_level.upper(), format=f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
-    )
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    set_logging(args.log_level)
     try:
         return int(importlib.import_module(f"megatron_sps2.cli.{args.command}").run(args))
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except Exception as error:  # The outermost loop: nothing above could say more than this line.
         return report(error)
-
-
-def report(error: Exception) -> int:
-    """One line on stderr, with the traceback at --log-level debug; the exit code."""
-    from megatron_sps2.cli.world import is_first_rank, rank_label
-
-    logging.getLogger(__name__).debug("failed", exc_info=error)
-    is_users = isinstance(error, (ValueError, OSError)) and not isinstance(error, ConnectionError)
-    # Every rank meets a user's mistake; one line is enough. What befell one rank is told by that rank.
-    if not is_users or is_first_rank():
-        text = str(error) or type(error).__name__
-        if not isinstance(error, (ValueError, OSError, RuntimeError)):
-            text = f"{type(error).__name__}: {text}"
-        print(f"sps2: error: {rank_label()}{text}", file=sys.stderr, flush=True)
-    return USER_ERROR if is_users else RUN_ERROR

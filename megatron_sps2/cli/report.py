@@ -72,7 +72,7 @@ class Report:
         return found
 
     def prefill_traffic(self) -> dict[str, Any]:
-        """Bytes per rank and layer of the prompt's attention, measured beside the formula (the mean over ranks)."""
+        """Bytes per rank and layer of the prompt's attention, beside the formula (the mean over ranks)."""
         formula = getattr(self._traffic, self.strategy)(self.request.num_prompt_tokens)
         return {"strategy": self.strategy, **self._compare("prefill", PREFILL_COLLECTIVES, 1, formula)}
 
@@ -112,6 +112,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
     tbt, num_tokens = report.tbt_ms, len(report.request.output)
     prefill, decode = report.prefill_traffic(), report.decode_traffic()
     seconds = report.request.token_times[-1] - report.request.token_times[0]
+    prompt_speed = report.request.num_prompt_tokens / report.ttft_ms * 1e3
 
     def beside(found: dict[str, Any]) -> str:
         measured, formula = found["mean_bytes_per_rank_per_layer"], found["formula_bytes_per_rank_per_layer"]
@@ -120,10 +121,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
     return [
         ("prompt tokens", f"{report.request.num_prompt_tokens:,}"),
         ("answer tokens", f"{num_tokens:,}, ended by {report.request.finish_reason}"),
-        (
-            "TTFT",
-            f"{report.ttft_ms:,.0f} ms ({report.request.num_prompt_tokens / report.ttft_ms * 1e3:,.0f} tokens/s)",
-        ),
+        ("TTFT", f"{report.ttft_ms:,.0f} ms ({prompt_speed:,.0f} tokens/s)"),
         ("TBT p50 / p99", f"{tbt['p50']:,.1f} / {tbt['p99']:,.1f} ms" if tbt["p50"] is not None else "-"),
         ("decode tokens/s", f"{(num_tokens - 1) / seconds:,.1f}" if seconds else "-"),
         ("KV tokens held per rank", " + ".join(f"{count:,}" for count in report.kv_tokens_per_rank)),

@@ -11,31 +11,35 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from megatron_sps2.cli.arguments import parallel_config
+from megatron_sps2.cli.process import USER_ERROR, report, set_logging
 from megatron_sps2.parallel.rank_env import RankEnv, init_process_group, threads_per_rank
 
 PRELOAD = ("torch.distributed", "megatron_sps2.engine.build")
+Body = Callable[[argparse.Namespace], int]
+Check = Callable[[argparse.Namespace], None]
 
 
-def in_world(args: argparse.Namespace, body: Callable[[argparse.Namespace], int]) -> int:
+def in_world(args: argparse.Namespace, body: Body, check: Check) -> int:
     """Runs `body(args)` on every rank of an initialised torch.distributed world -> exit code.
 
     Under a launcher this process is one of the ranks; without one, sp x tp local ranks are started.
+    `check(args)` raises for what is wrong before a rank has to work; it fails on all ranks or on none.
     """
     from megatron_sps2.parallel.local_world import run_local_world
 
-    parallel = parallel_config(args)
     env = RankEnv.detect()
-    if env is None and parallel.world_size > 1:
-        return run_local_world(parallel.world_size, _rank_main, (args, body), preload=PRELOAD)
-    env = env or RankEnv.alone()
-    env.check_world(parallel)
-    return _run_rank(args, body, env)
+    if env is not None:
+        return _run_rank(args, body, env, check)
+    check(args)
+    world_size = parallel_config(args).world_size
+    if world_size == 1:
+        return _run_rank(args, body, RankEnv.alone())
+    return run_local_world(world_size, _rank_main, (args, body), preload=PRELOAD, explained=USER_ERROR)
 
 
-def _rank_main(args: argparse.Namespace, body: Callable[[argparse.Namespace], int]) -> int:
+def _rank_main(args: argparse.Namespace, body: Body) -> int:
     """A local rank, in a process of its own."""
-    from megatron_sps2.cli.main import report
-
+    set_logging(args.log_level)
     try:
         env = RankEnv.detect()
         assert env is not None, "a local rank was started without its environment"
@@ -44,7 +48,7 @@ def _rank_main(args: argparse.Namespace, body: Callable[[argparse.Namespace], in
         return report(error)
 
 
-def _run_rank(args: argparse.Namespace, body: Callable[[argparse.Namespace], int], env: RankEnv) -> int:
+def _run_rank(args: argparse.Namespace, body: Body, env: RankEnv, check: Check | None = None) -> int:
     import torch
     import torch.distributed as dist
 
@@ -53,9 +57,31 @@ def _run_rank(args: argparse.Namespace, body: Callable[[argparse.Namespace], int
         torch.set_num_threads(threads_per_rank(env.local_world_size))
     backend = "nccl" if args.device.startswith("cuda") else "gloo"
     init_process_group(env, backend, timedelta(seconds=args.timeout_s))
+    if check:
+        _check_alike(args, env, check)
     code = body(args)
     dist.destroy_process_group()
     return code
+
+
+def _check_alike(args: argparse.Namespace, env: RankEnv, check: Check) -> None:
+    """Collective over the world: raises on every rank what is wrong on one, the first rank's first."""
+    import torch.distributed as dist
+
+    from megatron_sps2.parallel.collectives import gather_objects
+    from megatron_sps2.parallel.groups import Axis
+
+    problem: ValueError | OSError | None = None
+    try:
+        env.check_world(parallel_config(args))
+        check(args)
+    except (ValueError, OSError) as error:
+        problem = type(error)(str(error)) if isinstance(error, OSError) else ValueError(str(error))
+    assert dist.group.WORLD is not None
+    world = Axis(dist.group.WORLD, env.rank, env.world_size, tuple(range(env.world_size)))
+    for rank, found in enumerate(gather_objects(problem, world)):
+        if found is not None:
+            raise type(found)(str(found) if rank == 0 else f"rank {rank}: {found}")
 
 
 def pick_device(wanted: str, local_rank: int) -> str:
@@ -67,26 +93,8 @@ def pick_device(wanted: str, local_rank: int) -> str:
         return "cpu"
     if local_rank >= count:
         raise ValueError(
-            f"--device {wanted}: this host has {count} CUDA devices and local rank {local_rank} needs its own; "
-            "start fewer ranks here or use --device cpu"
+            f"--device {wanted}: this host has {count} CUDA devices and local rank {local_rank} needs its "
+            "own; start fewer ranks here or use --device cpu"
         )
     torch.cuda.set_device(local_rank)
     return f"cuda:{local_rank}"
-
-
-def is_first_rank() -> bool:
-    env = _env()
-    return env is None or env.rank == 0
-
-
-def rank_label() -> str:
-    """'[rank 1 on host] ' under a launcher, '' for a process alone."""
-    env = _env()
-    return f"[rank {env.rank} of {env.world_size}] " if env and env.world_size > 1 else ""
-
-
-def _env() -> RankEnv | None:
-    try:
-        return RankEnv.detect()
-    except RuntimeError:
-        return None

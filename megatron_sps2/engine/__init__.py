@@ -1,0 +1,1 @@
+"""Floor 4: requests in, tokens out; schedules, runs and samples."""

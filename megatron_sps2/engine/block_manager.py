@@ -45,14 +45,23 @@ class BlockManager:
     def tokens_per_rank(self, request_id: int) -> list[int]:
         return [shard.num_tokens for shard in self._requests.get(request_id, self._no_shards())]
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks over all shards that `num_tokens` tokens may need: the last one of each shard may be half empty."""
-        return -(-num_tokens // self.config.block_size) + self.num_ranks
+    def blocks_per_rank(self, request_id: int) -> list[int]:
+        """Blocks that the request holds."""
+        return [len(shard.blocks) for shard in self._requests.get(request_id, self._no_shards())]
+
+    def most_blocks(self, request_id: int, more: Sequence[int], num_appended: int) -> list[int]:
+        """Blocks that the request may come to hold on each rank: allocate(more), then num_appended appends.
+
+        Exact but for which of equally full shards gets the last tokens.
+        """
+        tokens = [held + new for held, new in zip(self.tokens_per_rank(request_id), more, strict=True)]
+        level = fill_level(tokens, num_appended)
+        return [-(-max(count, level) // self.config.block_size) for count in tokens]
 
     def allocate(self, request_id: int, tokens_per_rank: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Room for tokens_per_rank[r] more tokens on rank r -> the new blocks of each rank.
 
-        Raises KVCacheFull naming the shard that is short.
+        Raises KVCacheFull naming the shard that is short, and changes nothing.
         """
         shards = self._requests.get(request_id, self._no_shards())
         wanted = [
@@ -92,8 +101,8 @@ class BlockManager:
                 blocks = self.allocate(request_id, more)[rank]
                 return rank, blocks[0] if blocks else None
         raise KVCacheFull(
-            f"request {request_id} needs one more KV block and no shard has one; lower --max-tokens, or raise "
-            f"--max-model-len (all {self.num_ranks} shards together hold {self.capacity} tokens)"
+            f"request {request_id} needs one more KV block and no shard has one; lower --max-tokens, or "
+            f"raise --max-model-len (all {self.num_ranks} shards together hold {self.capacity} tokens)"
         )
 
     def free(self, request_id: int) -> None:
@@ -106,8 +115,22 @@ class BlockManager:
         return [_Shard([], 0) for _ in range(self.num_ranks)]
 
 
+def fill_level(tokens: Sequence[int], num_appended: int) -> int:
+    """Tokens in the fullest shard that gets any of `num_appended`, each put into the emptiest; 0 for none."""
+    if num_appended == 0:
+        return 0
+    lowest = sorted(tokens)
+    for count in range(len(lowest), 1, -1):
+        level = -(-(sum(lowest[:count]) + num_appended) // count)
+        if level >= lowest[count - 1]:
+            return level
+    return lowest[0] + num_appended
+
+
 def _take(free: list[int], count: int, after: int | None) -> list[int]:
-    """Removes `count` blocks from the sorted free list, neighbours where there are some: they are read as one run."""
+    """Removes `count` blocks from the sorted free list; neighbours if it can, as they are read as one run."""
+    if count == 0:
+        return []
     first = _run_start(free, count, after)
     taken = free[first : first + count]
     del free[first : first + count]
@@ -118,6 +141,6 @@ def _run_start(free: list[int], count: int, after: int | None) -> int:
     if after is not None and after + 1 in free:
         return min(free.index(after + 1), len(free) - count)
     for start in range(len(free) - count + 1):
-        if count and free[start + count - 1] - free[start] == count - 1:
+        if free[start + count - 1] - free[start] == count - 1:
             return start
     return 0

@@ -22,6 +22,7 @@ from megatron_sps2.engine.runner import Runner
 from megatron_sps2.engine.scheduler import Scheduler
 from megatron_sps2.model.checkpoint import load_gpt
 from megatron_sps2.model.gpt import GptForward
+from megatron_sps2.model.heap import keep_freed_memory
 from megatron_sps2.model.manifest import load_model_config
 from megatron_sps2.parallel.collectives import Wire
 from megatron_sps2.parallel.groups import ParallelGroups
@@ -80,6 +81,8 @@ def assemble(
 ) -> Engine:
     """An Engine around a loaded model whose layers are bound to `context`."""
     model, ledger, device = forward.model, Ledger(), torch.device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     cache_config = config.sized_cache()
     cache = KVCache(
         cache_config,

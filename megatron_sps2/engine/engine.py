@@ -66,6 +66,11 @@ class Engine:
         """The prefill strategy of the newest prompt."""
         return self._scheduler.last_strategy
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV cache on this rank, used or not."""
+        return self._runner.kv_bytes
+
     def add_request(self, prompt_ids: Sequence[int], params: SamplingParams) -> Request:
         """Queues a prompt. Raises ValueError, naming value, rule and fix, for one that cannot be served."""
         request = Request(request_id=self._next_id, prompt_ids=tuple(prompt_ids), params=params)

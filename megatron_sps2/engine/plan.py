@@ -14,7 +14,8 @@ from megatron_sps2.config import SamplingParams
 class NewPrompt:
     """What ranks must know of a prompt before its first layer.
 
-    `blocks[r]` are granted on sp rank r. `num_past` tokens of the request are cached already; `token_ids` follow them.
+    `blocks[r]` are granted on sp rank r. `num_past` tokens of the request are cached already; `token_ids`
+    follow them.
     """
 
     token_ids: tuple[int, ...]
@@ -26,7 +27,7 @@ class NewPrompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillPiece:
-    """Layers first_layer <= i < last_layer of a prompt's prefill; `prompt` comes with the first piece only."""
+    """Layers first_layer <= i < last_layer of a prompt's prefill; `prompt` comes with its first piece."""
 
     request_id: int
     first_layer: int

@@ -51,7 +51,7 @@ class Request:
         return [token.token_id for token in self.output]
 
     def take(self, token: SampledToken | None, eos_token_ids: Sequence[int]) -> None:
-        """The next token, or None where its logits were poisoned; sets finish_reason when it is the last one."""
+        """The next token, or None where its logits were poisoned; sets finish_reason if it is the last."""
         if token is None:
             self.finish_reason = FinishReason.ERROR
             return
@@ -78,6 +78,6 @@ def check_request(request: Request, model: ModelConfig, max_model_len: int) -> N
     if wanted > longest:
         limit = "max_seq_len of the model" if longest == model.max_seq_len else "--max-model-len"
         raise ValueError(
-            f"prompt of {request.num_prompt_tokens} tokens + max_tokens={request.params.max_tokens} = {wanted} "
-            f"exceeds {longest} ({limit}); shorten the prompt or lower --max-tokens"
+            f"prompt of {request.num_prompt_tokens} tokens + max_tokens={request.params.max_tokens} = "
+            f"{wanted} exceeds {longest} ({limit}); shorten the prompt or lower --max-tokens"
         )

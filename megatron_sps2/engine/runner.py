@@ -62,6 +62,11 @@ class Runner:
         self._sequences: dict[int, _Sequence] = {}
         self._paused: dict[int, _PausedPrefill] = {}
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of this rank's KV cache, used or not."""
+        return self._cache.bytes_per_token * self._cache.config.tokens_per_rank
+
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Every rank of the replica calls this with the same plan and gets the same result."""

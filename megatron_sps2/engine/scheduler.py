@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sps2.attention.strategy import LAYOUTS, choose_strategy
-from megatron_sps2.config import AttentionConfig, ModelConfig, ParallelConfig
+from megatron_sps2.config import AttentionConfig, KVCacheFull, ModelConfig, ParallelConfig
 from megatron_sps2.engine.block_manager import BlockManager
 from megatron_sps2.engine.plan import DecodeToken, NewPrompt, PrefillPiece, StepPlan
 from megatron_sps2.engine.request import FinishReason, Request
@@ -42,9 +42,8 @@ class Scheduler:
         self._prefilling: _Prefilling | None = None
         self._running: list[Request] = []
         self._freed: list[int] = []
-        self._reserved: dict[
-            int, int
-        ] = {}  # blocks that admitted requests may still grow to, over all shards
+        # Per rank: blocks that an admitted request may come to hold, or that a finished one still keeps.
+        self._reserved: dict[int, list[int]] = {}
         self._decode_is_next = False
         self.last_strategy = ""
 
@@ -59,12 +58,12 @@ class Scheduler:
         return (self._prefilling.next_layer, self._model.num_layers) if self._prefilling else None
 
     def add(self, request: Request) -> None:
-        """Raises ValueError for a request that would not fit even into an empty cache."""
-        needed, total = self._blocks_of(request), self._blocks.num_ranks * self._blocks.config.num_blocks
-        if needed > total:
+        """Raises ValueError for a request that fits not even an empty cache, or not the chosen strategy."""
+        needed, cache = max(self._blocks_of(request)), self._blocks.config
+        if needed > cache.num_blocks:
             raise ValueError(
-                f"the request may grow to {needed} KV blocks of {self._blocks.config.block_size} tokens and all "
-                f"{self._blocks.num_ranks} shards together have {total}; raise --max-model-len or lower --max-tokens"
+                f"the request may grow to {needed} KV blocks of {cache.block_size} tokens on an sp rank, and "
+                f"each has {cache.num_blocks}; raise --max-model-len or --sp, or lower --max-tokens"
             )
         self._waiting.append(request)
 
@@ -80,9 +79,13 @@ class Scheduler:
                 self.release(request)
 
     def schedule(self) -> StepPlan:
-        """The next step: a piece of a prefill or a decode batch, in turns while there are both."""
-        freed, self._freed = tuple(self._freed), []
+        """The next step: a piece of a prefill or a decode batch, in turns while there are both.
+
+        Raises KVCacheFull, and changes nothing, when nothing runs and the next prompt has no room beside the
+        caches kept of finished requests: only releasing one of them helps.
+        """
         self._admit()
+        freed, self._freed = tuple(self._freed), []
         if self._prefilling and not (self._running and self._decode_is_next):
             self._decode_is_next = True
             return StepPlan(prefill=self._next_piece(self._prefilling), freed=freed)
@@ -98,29 +101,55 @@ class Scheduler:
             self.release(request, keep_cache=True)
 
     def release(self, request: Request, keep_cache: bool = False) -> None:
-        """Forgets a finished request; its blocks go back unless the cache is kept (for another turn, for a report)."""
+        """Forgets a finished request; its blocks go back unless the cache is kept, e.g. for another turn."""
         if self._prefilling and self._prefilling.request is request:
             self._prefilling = None
         self._running = [other for other in self._running if other is not request]
         self._waiting = deque(other for other in self._waiting if other is not request)
-        self._reserved.pop(request.request_id, None)
-        if not keep_cache:
+        if keep_cache:
+            self._reserved[request.request_id] = self._blocks.blocks_per_rank(request.request_id)
+        else:
+            self._reserved.pop(request.request_id, None)
             self._blocks.free(request.request_id)
             self._freed.append(request.request_id)
 
-    def _blocks_of(self, request: Request) -> int:
-        return self._blocks.blocks_for(request.num_prompt_tokens + request.params.max_tokens)
+    def _strategy_of(self, request: Request) -> str:
+        return choose_strategy(
+            self._attention.strategy,
+            num_heads=self._model.num_attention_heads // self._parallel.tp_size,
+            num_kv_heads=self._model.num_query_groups // self._parallel.tp_size,
+            sp_size=self._parallel.sp_size,
+            num_past=request.num_past,
+        )
+
+    def _tokens_per_rank(self, request: Request) -> list[int]:
+        """Of its prompt, the part that is not cached yet."""
+        layout = LAYOUTS[self._strategy_of(request)](len(request.prompt_ids), self._parallel.sp_size)
+        return layout.tokens_per_rank
+
+    def _blocks_of(self, request: Request) -> list[int]:
+        """Per rank, at its full length; the last token of an answer is never fed, so it needs no slot."""
+        return self._blocks.most_blocks(
+            request.request_id, self._tokens_per_rank(request), request.params.max_tokens - 1
+        )
 
     def _admit(self) -> None:
-        """Starts the oldest waiting prompt when it has room to grow to its full length, so none is ever stuck."""
+        """Starts the oldest waiting prompt once it has room to grow to its full length: none gets stuck."""
         busy = len(self._running) + (self._prefilling is not None)
         if self._prefilling or not self._waiting or busy >= self._max_num_seqs:
             return
-        wanted = self._blocks_of(self._waiting[0])
-        if wanted + sum(self._reserved.values()) <= self._blocks.num_ranks * self._blocks.config.num_blocks:
-            request = self._waiting.popleft()
+        request = self._waiting[0]
+        wanted = self._blocks_of(request)
+        others = [blocks for owner, blocks in self._reserved.items() if owner != request.request_id]
+        if max(map(sum, zip(wanted, *others, strict=True))) <= self._blocks.config.num_blocks:
+            self._waiting.popleft()
             self._reserved[request.request_id] = wanted
             self._prefilling = _Prefilling(request)
+        elif not busy:
+            raise KVCacheFull(
+                f"request {request.request_id} needs {max(wanted)} KV blocks on an sp rank and finished "
+                f"requests keep the cache; release one of {sorted(self._reserved)}"
+            )
 
     def _next_piece(self, prefilling: _Prefilling) -> PrefillPiece:
         first = prefilling.next_layer
@@ -132,20 +161,12 @@ class Scheduler:
         )
 
     def _new_prompt(self, request: Request) -> NewPrompt:
-        sp_size, tp_size = self._parallel.sp_size, self._parallel.tp_size
-        self.last_strategy = choose_strategy(
-            self._attention.strategy,
-            num_heads=self._model.num_attention_heads // tp_size,
-            num_kv_heads=self._model.num_query_groups // tp_size,
-            sp_size=sp_size,
-            num_past=request.num_past,
-        )
-        layout = LAYOUTS[self.last_strategy](len(request.prompt_ids), sp_size)
+        self.last_strategy = self._strategy_of(request)
         return NewPrompt(
             token_ids=request.prompt_ids,
             num_past=request.num_past,
             strategy=self.last_strategy,
-            blocks=self._blocks.allocate(request.request_id, layout.tokens_per_rank),
+            blocks=self._blocks.allocate(request.request_id, self._tokens_per_rank(request)),
             params=request.params,
         )
 
@@ -167,7 +188,7 @@ class Scheduler:
 
 
 def assign_homes(kv_ranks: Sequence[int], num_ranks: int) -> list[int]:
-    """A home for each token of a batch: where its KV is kept, as long as no rank computes more than its share.
+    """A home for each token of a batch: where its KV is kept, while no rank computes more than its share.
 
     A token at home where its KV is kept sends no K and V anywhere.
     """

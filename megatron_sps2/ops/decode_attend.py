@@ -1,73 +1,78 @@
-"""Attention of a few queries over many keys, read where they lie: bound by memory. Knows tensors only."""
+"""Attention of a few queries over many keys, read where they lie: bound by memory. Knows tensors only.
+
+Only the matmuls go head by head; the rest is done for all heads at once, as each call costs microseconds.
+"""
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from megatron_sps2.ops.blocked import LN2, product
-
 
 def attend_few(
     q: Tensor, k: Tensor, v: Tensor | Callable[[], Tensor], *, scale: float, diagonal: int | None
 ) -> tuple[Tensor, Tensor]:
-    """As `ops.attend.attend`; holds the scores of all queries of one KV head.
+    """As `ops.attend.attend`; holds the scores of all queries and heads of one batch entry.
 
     Copies no key or value where `k[:, b, h]` is a run of memory, as in a cache laid out `[n_kv, slots, d]`.
     """
-    group = q.shape[2] // k.shape[2]
+    group, sq = q.shape[2] // k.shape[2], len(q)
     out, lse = q.new_zeros(q.shape), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     # Queries i < -diagonal see no key, and keys from `end` on are seen by none.
-    blind = 0 if diagonal is None else min(len(q), max(0, -diagonal))
-    end = len(k) if diagonal is None else min(len(k), max(0, len(q) + diagonal))
-    arrive = functools.cache(lambda: v if isinstance(v, Tensor) else v())
-    for entry, head in itertools.product(range(q.shape[1]), range(k.shape[2])):
-        place = slice(blind, None), entry, slice(head * group, (head + 1) * group)
-        if end and blind < len(q):
-            # contiguous() copies nothing of such a cache; elsewhere it keeps results free of strides.
-            scores = _scores(q[place].flatten(0, 1), k[:end, entry, head].contiguous()).mul_(scale / LN2)
-            if diagonal is not None:
-                _hide(scores.unflatten(0, (-1, group)), diagonal + blind)
-            weights, row_lse = _softmax(scores)
-            part = _weigh(weights, arrive()[:end, entry, head].contiguous())
-            out[place], lse[place] = part.view_as(out[place]), row_lse.view_as(lse[place])
-    arrive()
+    blind = 0 if diagonal is None else min(sq, max(0, -diagonal))
+    end = len(k) if diagonal is None else min(len(k), max(0, sq + diagonal))
+    values = v if isinstance(v, Tensor) else None
+    for entry in range(q.shape[1] if end and blind < sq else 0):
+        # [n_kv, rows, d]: the queries that share a KV head are the rows of one matmul.
+        rows = q[blind:, entry].unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)
+        scores = _scores(rows, k[:end, entry], scale)
+        if diagonal is not None:
+            _hide(scores.unflatten(1, (-1, group)), diagonal + blind)
+        if values is None:
+            values = v()  # type: ignore[operator]
+        part, part_lse = _weigh(scores, values[:end, entry])
+        out[blind:, entry] = part.unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)
+        lse[blind:, entry] = part_lse.unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)
+    if values is None:
+        v()  # type: ignore[operator]  # whoever sends the values counts on the call
     return out, lse
 
 
-def _scores(rows: Tensor, keys: Tensor) -> Tensor:
-    """`[r, d]`, `[sk, d]` -> `[r, sk]` in fp32.
+def _scores(rows: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """`[n_kv, r, d]`, `[sk, n_kv, d]` -> scaled scores `[n_kv, r, sk]` in fp32.
 
     A bf16 matmul rounds its fp32 sums to bf16, too coarse for an exponent: a second one gives what was lost.
     """
-    if rows.dtype == torch.float32:
-        return product(rows, keys.t())
-    rounded = torch.mm(rows, keys.t())
-    return rounded.float().add_(torch.addmm(rounded, rows, keys.t(), beta=-1))
+    scores = rows.new_empty(*rows.shape[:2], len(keys), dtype=torch.float32)
+    for head, own in enumerate(scores):
+        # contiguous() copies nothing of such a cache; elsewhere it keeps results free of strides.
+        key_t = keys[:, head].contiguous().t()
+        if rows.dtype == torch.float32:
+            torch.mm(rows[head], key_t, out=own)
+        else:
+            rounded = torch.mm(rows[head], key_t)
+            own.copy_(rounded).add_(torch.addmm(rounded, rows[head], key_t, beta=-1))
+    return scores.mul_(scale)
 
 
 def _hide(scores: Tensor, diagonal: int) -> None:
-    """Set scores `[sq, g, sk]` of keys j > i + diagonal to -inf; only the last columns can hold any."""
+    """Set scores `[n_kv, sq, g, sk]` of keys j > i + diagonal to -inf; only the last columns can hold any."""
     first = diagonal + 1
-    if scores.shape[2] > first:
-        above = torch.ones(scores.shape[0], scores.shape[2] - first, dtype=torch.bool, device=scores.device)
-        scores[:, :, first:].masked_fill_(above.triu_().unsqueeze(1), -torch.inf)
+    if scores.shape[3] > first:
+        above = torch.ones(scores.shape[1], scores.shape[3] - first, dtype=torch.bool, device=scores.device)
+        scores[..., first:].masked_fill_(above.triu_().unsqueeze(1), -torch.inf)
 
 
-def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores `[r, sk]` to base 2, overwritten -> weights that sum to 1, and natural lse `[r, 1]`."""
-    top = scores.amax(dim=1, keepdim=True)
-    weights = scores.sub_(top).exp2_()
-    total = weights.sum(dim=1, keepdim=True)
-    return weights.div_(total), total.log2().add_(top).mul_(LN2)
-
-
-def _weigh(weights: Tensor, values: Tensor) -> Tensor:
-    """`[r, sk]`, `[sk, d]` -> `[r, d]`. Weights sum to 1 here, so a bf16 result is rounded once."""
-    if values.dtype == torch.float32:
-        return product(weights, values)
-    return torch.mm(weights.to(values.dtype), values)
+def _weigh(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """`[n_kv, r, sk]`, `[sk, n_kv, d]` -> out `[n_kv, r, d]` in the values' dtype, lse `[n_kv, r]`."""
+    weights = torch.softmax(scores, dim=-1)
+    # The largest weight is exp(largest score - lse).
+    lse = scores.amax(dim=-1) - weights.amax(dim=-1).log_()
+    # Weights sum to 1, so a bf16 result is rounded once.
+    weights = weights.to(values.dtype)
+    out = values.new_empty(*scores.shape[:2], values.shape[2])
+    for head, own in enumerate(out):
+        torch.mm(weights[head], values[:, head].contiguous(), out=own)
+    return out, lse

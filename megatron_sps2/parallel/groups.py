@@ -85,7 +85,7 @@ class ParallelGroups:
         )
 
     def to_megatron(self) -> ProcessGroupCollection:
-        """Megatron's view: it sees tp and replicas; cp and pp are singletons, so it never splits a sequence."""
+        """Megatron's view: tp and replicas; cp and pp are singletons, so it never splits a sequence."""
         from megatron.core.process_groups_config import ProcessGroupCollection
 
         tp, alone, replicas = self.tp.group, self.alone.group, self.replicas.group

@@ -67,12 +67,14 @@ def run_local_world(
     *,
     preload: Sequence[str] = PRELOAD,
     grace_s: float = 5.0,
+    explained: int | None = None,
 ) -> int:
     """Runs `target(*args)` in `world_size` ranks of this host and waits for all; 0 when every one ended well.
 
     `target` is an importable top-level function; an int that it returns is its rank's exit code. If one rank
     fails, a line on stderr names it, the others have `grace_s` seconds to end by themselves, and its exit
-    code (128 + signal number for a signal) is returned. Ctrl-C and SIGTERM end all ranks.
+    code (128 + signal number for a signal) is returned. Ctrl-C and SIGTERM end all ranks. By exit code
+    `explained` a rank says that the user has been told all there is: no line is added.
     """
     if world_size < 1:
         raise ValueError(f"world_size={world_size} must be at least 1; it is dp x sp x tp")
@@ -80,7 +82,7 @@ def run_local_world(
     with tempfile.TemporaryDirectory(prefix="sps2-") as folder, _signals(_raise_ended) as active:
         try:
             _start_ranks(ranks, world_size, target, args, preload, f"file://{folder}/store")
-            return _watch(ranks)
+            return _watch(ranks, explained)
         except _Ended as ended:
             grace_s = 0.0
             return 128 + ended.signum
@@ -198,23 +200,36 @@ def _limit_threads(count: str) -> None:
         sys.modules["torch"].set_num_threads(int(count.split(",")[0]))
 
 
-def _watch(ranks: list[Process]) -> int:
+def _watch(ranks: list[Process], explained: int | None) -> int:
     """Waits until all ranks have ended well (0) or one has not (its exit code, named on stderr)."""
     running = dict(enumerate(ranks))
     while running:
-        ended = connection.wait([child.sentinel for child in running.values()])
-        for rank in [rank for rank, child in running.items() if child.sentinel in ended]:
-            child = running.pop(rank)
+        ready = set(connection.wait([child.sentinel for child in running.values()]))
+        ended = {rank: child for rank, child in running.items() if child.sentinel in ready}
+        for rank, child in ended.items():
             child.join()
-            if child.exitcode:
-                print(_obituary(rank, child), file=sys.stderr, flush=True)
-                return child.exitcode if child.exitcode > 0 else 128 - child.exitcode
+            del running[rank]
+        if failed := [rank for rank, child in ended.items() if child.exitcode]:
+            return _fail(ranks, failed, explained)
     return 0
 
 
+def _fail(ranks: list[Process], failed: list[int], explained: int | None) -> int:
+    """The exit code to end with. Of ranks that fail together, one that was killed is the cause."""
+    rank = min(failed, key=lambda rank: (_exit_code(ranks[rank]) > 0, rank))
+    code = _exit_code(ranks[rank])
+    if code != explained:
+        print(_obituary(rank, ranks[rank]), file=sys.stderr, flush=True)
+    return code if code > 0 else 128 - code
+
+
+def _exit_code(child: Process) -> int:
+    assert child.exitcode, "only for a rank that failed"
+    return child.exitcode
+
+
 def _obituary(rank: int, child: Process) -> str:
-    code = child.exitcode
-    assert code, "only for a rank that failed"
+    code = _exit_code(child)
     how = f"exited with code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
     return f"sps2: rank {rank} (pid {child.pid}) {how}; ending the other ranks"
 

@@ -16,6 +16,12 @@ from megatron_sps2.config import ParallelConfig
 from megatron_sps2.parallel import slurm
 
 Environ = Mapping[str, str]
+# Where our own spawner, torchrun or deepspeed, and Open MPI say (rank, world size).
+PLACES = (
+    ("SPS2_RANK", "SPS2_WORLD_SIZE"),
+    ("RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -81,6 +87,21 @@ class RankEnv:
                 f"is {wanted} and world_size={self.world_size} ({self.launcher}); they must be equal: start "
                 f"{wanted} ranks, or choose --dp, --sp and --tp whose product is {self.world_size}"
             )
+
+
+def launched_rank(environ: Environ | None = None) -> tuple[int, int] | None:
+    """(rank, world size) as the launcher says, for the label of a line; None where it says nothing readable.
+
+    Checks nothing and, unlike `detect` under mpirun, reaches no other rank: a rank in trouble may call it.
+    """
+    env = os.environ if environ is None else environ
+    for rank, size in PLACES:
+        if env.get(rank, "").isdecimal() and env.get(size, "").isdecimal():
+            return int(env[rank]), int(env[size])
+    try:
+        return _slurm_place(env)
+    except RuntimeError:
+        return None
 
 
 def threads_per_rank(local_world_size: int) -> int:
@@ -193,7 +214,11 @@ def _read_openmpi(env: Environ) -> RankEnv:
 
 
 def _master_by_mpi(rank: int, world_size: int, *, one_host: bool) -> str:
-    """Rank 0 names its host and a free port to all ranks, by one MPI broadcast."""
+    """Rank 0 names its host and a free port to all ranks, by one MPI broadcast; once in a process.
+
+    MPI ends with it. mpi4py would end it when the process does, and that waits for all ranks: one that has
+    failed would hang there, and the others wait for it.
+    """
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -207,7 +232,9 @@ def _master_by_mpi(rank: int, world_size: int, *, one_host: bool) -> str:
             f"mpirun says rank {rank} of {world_size}, mpi4py says {comm.Get_rank()} of {comm.Get_size()}; "
             f"mpi4py loaded another MPI library than mpirun's: keep one, or set MASTER_ADDR and MASTER_PORT"
         )
-    return str(comm.bcast(_own_address(one_host) if rank == 0 else None, root=0))
+    address = str(comm.bcast(_own_address(one_host) if rank == 0 else None, root=0))
+    MPI.Finalize()
+    return address
 
 
 def _own_address(one_host: bool) -> str:

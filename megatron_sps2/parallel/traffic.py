@@ -52,7 +52,7 @@ class Traffic:
         return self.pass_q(batch_size)
 
     def moved_kv(self, num_tokens: int) -> float:
-        """2 n_kv d e a token: K and V of new tokens whose home is not where their KV is kept (a rank's sum)."""
+        """2 n_kv d e a token: K and V of new tokens that are kept away from home (sum over the sp ranks)."""
         return self._row(2 * self.model.num_query_groups) * num_tokens
 
     def tp_all_reduce(self, num_tokens: int) -> float:

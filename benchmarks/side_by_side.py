@@ -1,0 +1,164 @@
+"""Our ranks and transformers on one random model, taking turns in one run.
+
+transformers runs in this process with as many threads as we have ranks; each rank has one thread. Ranks that
+wait for their turn sleep in a collective.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation.streamers import BaseStreamer
+
+from checkpoints_tools.convert import convert
+from megatron_sps2.config import ParallelConfig, SamplingParams
+from megatron_sps2.engine.build import EngineConfig, build_engine
+
+VOCAB_SIZE = 32000
+MAX_LENGTH = 70000
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """One answer: seconds to the first token, and between each two tokens after it."""
+
+    ttft: float
+    gaps: list[float]
+
+    @property
+    def tbt(self) -> float:
+        return float(np.median(self.gaps))
+
+
+def random_llama() -> LlamaForCausalLM:
+    """8 layers, hidden 512, 8 query and 4 KV heads of 64: 56M parameters, the shape of the peers' table."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=8,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=MAX_LENGTH,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def prompt(length: int) -> list[int]:
+    return torch.randint(VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+class _Clock(BaseStreamer):
+    """Notes when transformers hands out each token; the first call is the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def run_transformers(hf: LlamaForCausalLM, ids: list[int], num_tokens: int) -> tuple[Times, list[int]]:
+    """transformers' generate: SDPA attention, dynamic cache."""
+    clock, start = _Clock(), time.perf_counter()
+    with torch.inference_mode():
+        whole = hf.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            streamer=clock,
+        )
+    tokens = clock.times[1:]
+    return Times(tokens[0] - start, np.diff(tokens).tolist()), whole[0, len(ids) :].tolist()
+
+
+class Ours:
+    """Our engine on `parallel` ranks in processes of their own."""
+
+    def __init__(self, checkpoint: Path, parallel: ParallelConfig, dtype: str, max_model_len: int) -> None:
+        config = EngineConfig(
+            checkpoint=str(checkpoint), parallel=parallel, dtype=dtype, max_model_len=max_model_len
+        )
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "megatron_sps2.engine.build"])
+        self._folder = tempfile.TemporaryDirectory()
+        self._pipe, far = context.Pipe()
+        self._ranks = [
+            context.Process(target=_rank, args=(rank, config, f"{self._folder.name}/store", far), daemon=True)
+            for rank in range(parallel.world_size)
+        ]
+        for rank in self._ranks:
+            rank.start()
+        self.kv_bytes_per_rank: int = self._pipe.recv()
+
+    def run(self, ids: list[int], num_tokens: int) -> tuple[Times, list[int], list[int]]:
+        """Times, tokens, KV tokens held per rank."""
+        self._pipe.send((ids, num_tokens))
+        answer: tuple[Times, list[int], list[int]] = self._pipe.recv()
+        return answer
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        for rank in self._ranks:
+            rank.join(20)
+            rank.kill()
+        self._folder.cleanup()
+
+
+def _rank(rank: int, config: EngineConfig, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=config.parallel.world_size
+    )
+    engine = build_engine(config)
+    if not engine.is_leader:
+        engine.follow()
+        return
+    pipe.send(engine.kv_bytes)
+    while (job := pipe.recv()) is not None:
+        ids, num_tokens = job
+        request = engine.add_request(ids, SamplingParams(max_tokens=num_tokens, ignore_eos=True))
+        while request.finish_reason is None:
+            engine.step()
+        held = engine.blocks.tokens_per_rank(request.request_id)
+        engine.release(request)
+        times = [request.arrived_at, *request.token_times]
+        pipe.send((Times(times[1] - times[0], np.diff(times[1:]).tolist()), request.output_ids, held))
+    engine.stop()
+
+
+@contextmanager
+def pair(dtype: str, parallel: ParallelConfig, max_model_len: int) -> Iterator[tuple[LlamaForCausalLM, Ours]]:
+    """The same random weights in transformers (here) and in our ranks (processes of their own)."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the ranks; this process has read it already
+    torch.set_num_threads(parallel.world_size)
+    hf = random_llama()
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save_pretrained(f"{folder}/hf")
+        convert(f"{folder}/hf", f"{folder}/megatron")
+        ours = Ours(Path(folder, "megatron"), parallel, dtype, max_model_len)
+        try:
+            yield hf.to(getattr(torch, dtype)), ours
+        finally:
+            ours.close()

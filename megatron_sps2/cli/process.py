@@ -1,0 +1,57 @@
+"""What every process of a command needs: its log lines, its exit code, one line for an error.
+
+Knows the launcher's variables, not what the command does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+from megatron_sps2.parallel.rank_env import launched_rank
+
+USER_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
+LOG_FORMAT = "%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
+# Python warnings of these kinds come from libraries and speak to their programmers; we log, and never warn.
+LIBRARY_WARNINGS = (UserWarning, FutureWarning, DeprecationWarning)
+
+
+def set_logging(level: str) -> None:
+    """Log lines on stderr, labelled by rank; libraries' Python warnings at --log-level debug only."""
+    rank, _ = launched_rank() or (0, 1)
+    logging.basicConfig(level=level.upper(), format=LOG_FORMAT.format(rank=rank), force=True)
+    if level == "debug" or sys.warnoptions:  # the user has chosen, by -W or PYTHONWARNINGS
+        return
+    for kind in LIBRARY_WARNINGS:
+        warnings.simplefilter("ignore", kind)
+    # For the processes we start: ranks, and the writers of a checkpoint.
+    os.environ["PYTHONWARNINGS"] = ",".join(f"ignore::{kind.__name__}" for kind in LIBRARY_WARNINGS)
+
+
+def report(error: Exception) -> int:
+    """One line on stderr, with the traceback at --log-level debug; the exit code."""
+    logging.getLogger(__name__).debug("failed", exc_info=error)
+    is_users, place = _is_users(error), launched_rank()
+    is_shared = is_users and _world_is_up()
+    # Checks of a world that is up fail on all ranks alike: one line is enough.
+    if place is None or place[0] == 0 or not is_shared:
+        text = str(error) or type(error).__name__
+        if not isinstance(error, (ValueError, OSError, RuntimeError)):
+            text = f"{type(error).__name__}: {text}"
+        label = "[rank {} of {}] ".format(*place) if place and not is_shared else ""
+        # One write, so that lines of two ranks never mix.
+        sys.stderr.write(f"sps2: error: {label}{text}\n")
+        sys.stderr.flush()
+    return USER_ERROR if is_users else RUN_ERROR
+
+
+def _is_users(error: Exception) -> bool:
+    """A connection or a time-out that fails is the world's doing, though Python calls it an OSError."""
+    return isinstance(error, (ValueError, OSError)) and not isinstance(error, (ConnectionError, TimeoutError))
+
+
+def _world_is_up() -> bool:
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and bool(dist.is_initialized())
