@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import statistics
 
+from transformers import LlamaForCausalLM
+
 from benchmarks.side_by_side import Ours, pair, prompt, run_transformers
 from megatron_sps2.config import ParallelConfig
 
@@ -20,15 +22,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=33)
     args = parser.parse_args()
-    print("| dtype | context | transformers, ms | ours, ms | ratio | same tokens | KV tokens per rank | KV share |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = "dtype", "context", "transformers, ms", "ours, ms", "ratio", "same tokens", "KV share of a rank"
+    print("|", " | ".join(columns), "|")
+    print("|---|---|---|---|---|---|---|")
     for dtype in args.dtypes:
         with pair(dtype, ParallelConfig(sp_size=args.sp), max(args.lengths) + 64) as (hf, ours):
             for length in args.lengths:
                 print("|", " | ".join(map(str, _row(dtype, length, hf, ours, args))), "|", flush=True)
 
 
-def _row(dtype: str, length: int, hf, ours: Ours, args: argparse.Namespace) -> list[object]:  # type: ignore[no-untyped-def]
+def _row(dtype: str, length: int, hf: LlamaForCausalLM, ours: Ours, args: argparse.Namespace) -> list[object]:
     ids, theirs, mine = prompt(length), [], []
     for _ in range(args.rounds):
         times, tokens = run_transformers(hf, ids, args.tokens)
@@ -37,8 +40,8 @@ def _row(dtype: str, length: int, hf, ours: Ours, args: argparse.Namespace) -> l
         mine += own_times.gaps
     a, b = 1e3 * statistics.median(theirs), 1e3 * statistics.median(mine)
     agree = sum(x == y for x, y in zip(tokens, own_tokens, strict=True))
-    share = max(held) / sum(held)
-    return [dtype, length, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}x", f"{agree}/{args.tokens}", held, f"{share:.3f}"]
+    share = f"{max(held) / sum(held):.3f} held, {ours.kv_share:.3f} allocated"
+    return [dtype, length, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}x", f"{agree}/{args.tokens}", share]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from checkpoints_tools.convert import convert
-from megatron_sps2.config import ParallelConfig, SamplingParams
+from megatron_sps2.config import DType, ParallelConfig, SamplingParams
 from megatron_sps2.engine.build import EngineConfig, build_engine
 
 VOCAB_SIZE = 32000
@@ -78,7 +78,7 @@ def run_transformers(hf: LlamaForCausalLM, ids: list[int], num_tokens: int) -> t
     """transformers' generate: SDPA attention, dynamic cache."""
     clock, start = _Clock(), time.perf_counter()
     with torch.inference_mode():
-        whole = hf.generate(
+        whole = hf.generate(  # type: ignore[misc]
             torch.tensor([ids]),
             attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
             max_new_tokens=num_tokens,
@@ -95,7 +95,7 @@ def run_transformers(hf: LlamaForCausalLM, ids: list[int], num_tokens: int) -> t
 class Ours:
     """Our engine on `parallel` ranks in processes of their own."""
 
-    def __init__(self, checkpoint: Path, parallel: ParallelConfig, dtype: str, max_model_len: int) -> None:
+    def __init__(self, checkpoint: Path, parallel: ParallelConfig, dtype: DType, max_model_len: int) -> None:
         config = EngineConfig(
             checkpoint=str(checkpoint), parallel=parallel, dtype=dtype, max_model_len=max_model_len
         )
@@ -109,7 +109,8 @@ class Ours:
         ]
         for rank in self._ranks:
             rank.start()
-        self.kv_bytes_per_rank: int = self._pipe.recv()
+        # Bytes of KV cache on one rank / bytes one rank alone would need for max_model_len tokens.
+        self.kv_share: float = self._pipe.recv()
 
     def run(self, ids: list[int], num_tokens: int) -> tuple[Times, list[int], list[int]]:
         """Times, tokens, KV tokens held per rank."""
@@ -134,7 +135,11 @@ def _rank(rank: int, config: EngineConfig, store: str, pipe: Connection) -> None
     if not engine.is_leader:
         engine.follow()
         return
-    pipe.send(engine.kv_bytes)
+    model, element_size = engine.model, getattr(torch, config.dtype).itemsize
+    whole = (
+        2 * model.num_layers * model.num_query_groups * model.head_dim * config.max_model_len * element_size
+    )
+    pipe.send(engine.kv_bytes / (per_token * config.max_model_len))
     while (job := pipe.recv()) is not None:
         ids, num_tokens = job
         request = engine.add_request(ids, SamplingParams(max_tokens=num_tokens, ignore_eos=True))
@@ -148,7 +153,9 @@ def _rank(rank: int, config: EngineConfig, store: str, pipe: Connection) -> None
 
 
 @contextmanager
-def pair(dtype: str, parallel: ParallelConfig, max_model_len: int) -> Iterator[tuple[LlamaForCausalLM, Ours]]:
+def pair(
+    dtype: DType, parallel: ParallelConfig, max_model_len: int
+) -> Iterator[tuple[LlamaForCausalLM, Ours]]:
     """The same random weights in transformers (here) and in our ranks (processes of their own)."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ["OMP_NUM_THREADS"] = "1"  # for the ranks; this process has read it already

@@ -4,4 +4,5 @@
 set -euo pipefail
 : "${NPROC:=2}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec mpirun -n "$NPROC" -x OMP_NUM_THREADS ${MPIRUN_ARGS:-} python -m megatron_sps2 "$@"
+# Unbound: mpirun would bind a rank to one core, whatever its number of threads.
+exec mpirun -n "$NPROC" --bind-to none -x OMP_NUM_THREADS ${MPIRUN_ARGS:-} python -m megatron_sps2 "$@"

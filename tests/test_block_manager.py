@@ -1,4 +1,4 @@
-"""Blocks of all shards against a simple model: none given twice, all given back, a refusal changes nothing."""
+"""Blocks of all shards against a simple model: none given twice, all come back, a refusal changes nothing."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatron_sps2.parallel.collectives import (
 from megatron_sps2.parallel.groups import ParallelGroups
 from megatron_sps2.parallel.layout import split_heads
 from megatron_sps2.parallel.ledger import Ledger
+from megatron_sps2.parallel.mailbox import open_mailbox
 from tests.broken_wire import exchange_skipped
 from tests.ranks import run_ranks
 
@@ -41,8 +43,11 @@ SHARDS = {
 }
 
 
-def sp_wire() -> Wire:
-    return Wire(ParallelGroups.create(ParallelConfig(sp_size=dist.get_world_size())).sp, Ledger())
+def sp_wire(by_mail: bool = False) -> Wire:
+    axis = ParallelGroups.create(ParallelConfig(sp_size=dist.get_world_size())).sp
+    mailbox = open_mailbox(axis, lambda value: gather_objects(value, axis), 60.0) if by_mail else None
+    assert by_mail == (mailbox is not None), "no mailbox between ranks of one host"
+    return Wire(axis, Ledger(), mailbox)
 
 
 def numbered(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -54,12 +59,12 @@ def shard(x: Tensor, tokens: list[int], rank: int) -> Tensor:
     return x.split(tokens)[rank]
 
 
-def each_case(check: Callable[..., bool], skipped: bool) -> bool:
+def each_case(check: Callable[..., bool], wire: Wire, skipped: bool) -> bool:
     """On a rank: True when `check` holds for all shard lengths and dtypes."""
-    wire = sp_wire()
     with exchange_skipped(skipped):
-        # A list: a rank that stopped at the first failure would leave others waiting.
-        return all([check(wire, tokens, dtype) for tokens in SHARDS[wire.axis.size] for dtype in DTYPES])
+        # A rank that stopped at the first failure would leave others waiting.
+        held = [check(wire, tokens, dtype) for tokens in SHARDS[wire.axis.size] for dtype in DTYPES]
+    return all(held)
 
 
 def booked(wire: Wire, name: str, send: Callable[[], Any]) -> tuple[Any, int]:
@@ -107,9 +112,7 @@ def overlapping_heads_hold(wire: Wire, tokens: list[int], dtype: torch.dtype) ->
     """One KV head that every rank reads goes to all of them."""
     whole = numbered(sum(tokens), 1, 1, D, dtype=dtype)
     mine, size = shard(whole, tokens, wire.axis.rank), wire.axis.size
-    got, sent = booked(
-        wire, "seq_to_heads", lambda: seq_to_heads(mine, wire, tokens, [(0, 1)] * size).wait()
-    )
+    got, sent = booked(wire, "seq_to_heads", lambda: seq_to_heads(mine, wire, tokens, [(0, 1)] * size).wait())
     assert sent == (size - 1) * mine.numel() * dtype.itemsize
     return torch.equal(got, whole)
 
@@ -151,7 +154,9 @@ def routing_holds(wire: Wire, tokens: list[int], dtype: torch.dtype) -> bool:
     """Rank r sends (r + p) % 3 rows to rank p."""
     me, ranks = wire.axis.rank, range(wire.axis.size)
     rows = {
-        (r, p): numbered(2, D, dtype=dtype)[: (r + p) % 3] * (r * 8 + p + 1) % 251 for r in ranks for p in ranks
+        (r, p): numbered(2, D, dtype=dtype)[: (r + p) % 3] * (r * 8 + p + 1) % 251
+        for r in ranks
+        for p in ranks
     }
     out = torch.cat([rows[me, p] for p in ranks])
     sent_to, from_each = [(me + p) % 3 for p in ranks], [(r + me) % 3 for r in ranks]
@@ -166,20 +171,29 @@ CHECKS = [
 ]
 
 
-def all_checks(skipped: bool) -> list[bool]:
-    return [each_case(check, skipped) for check in CHECKS]
+def all_checks(skipped: bool, by_mail: bool) -> list[bool]:
+    wire = sp_wire(by_mail)
+    return [each_case(check, wire, skipped) for check in CHECKS]
 
 
+needs_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="no mailbox but on x86")
+by_both = pytest.mark.parametrize("by_mail", [False, pytest.param(True, marks=needs_x86)])
+
+
+@by_both
 @pytest.mark.parametrize("size", SHARDS)
-def test_every_layout_change_gives_the_slices_of_the_whole_and_books_its_bytes(size: int) -> None:
-    for good in run_ranks(size, all_checks, False):
+def test_every_layout_change_gives_the_slices_of_the_whole_and_books_its_bytes(
+    size: int, by_mail: bool
+) -> None:
+    for good in run_ranks(size, all_checks, False, by_mail and size > 1):
         assert dict(zip((check.__name__ for check in CHECKS), good, strict=True)) == {
             check.__name__: True for check in CHECKS
         }
 
 
-def test_control_without_exchange_every_layout_change_is_wrong() -> None:
-    results = run_ranks(3, all_checks, True)
+@by_both
+def test_control_without_exchange_every_layout_change_is_wrong(by_mail: bool) -> None:
+    results = run_ranks(3, all_checks, True, by_mail)
     # On all ranks, as one without any token has nothing to get wrong.
     assert [all(good) for good in zip(*results, strict=True)] == [False] * len(CHECKS)
 

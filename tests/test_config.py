@@ -41,9 +41,7 @@ def test_a_model_has_at_least_one_of_everything(name: str, value: int) -> None:
 
 
 def test_every_kv_head_must_serve_the_same_number_of_queries() -> None:
-    with pytest.raises(
-        ValueError, match=r"num_attention_heads=9 .* num_query_groups=2; .* use \[1, 3, 9\]$"
-    ):
+    with pytest.raises(ValueError, match=r"num_attention_heads=9 .* num_query_groups=2; .* use \[1, 3, 9\]$"):
         replace(MODEL, num_query_groups=2)
     assert MODEL.queries_per_group == 3
 

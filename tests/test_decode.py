@@ -148,14 +148,14 @@ def test_decode_matches_unsharded_attention_and_sends_what_the_formula_says(
         vocab_size=1,
         max_seq_len=1,
     )
-    traffic = Traffic(
-        model=model, parallel=ParallelConfig(sp_size=sp_size), element_size=dtype.itemsize
-    )
+    traffic = Traffic(model=model, parallel=ParallelConfig(sp_size=sp_size), element_size=dtype.itemsize)
     for case, *found in zip(CASES, *results, strict=True):
         assert max(error for error, _, _ in found) < TOLERANCE[dtype], case
         moved = found[0][1]
         assert (moved == 0) == (case.kept_at_home or sp_size == 1), case
-        sent = {name: sum(ledger.get(name, 0) for _, _, ledger in found) for _, _, led in found for name in led}
+        sent = {
+            name: sum(ledger.get(name, 0) for _, _, ledger in found) for _, _, led in found for name in led
+        }
         # Exact: both formulas in the sum over ranks, and nothing else was sent.
         want_kv = LAYERS * traffic.moved_kv(moved)
         assert sent.pop("move_new_kv", 0) == want_kv
@@ -172,9 +172,7 @@ def test_control_without_exchange_the_result_is_wrong() -> None:
 
 
 def test_rows_out_of_order_are_refused() -> None:
-    cache = KVCache(
-        CacheConfig(num_blocks=1), num_layers=1, num_kv_heads=1, head_dim=2, dtype=torch.float32
-    )
+    cache = KVCache(CacheConfig(num_blocks=1), num_layers=1, num_kv_heads=1, head_dim=2, dtype=torch.float32)
     rows = [DecodeRow(0, 1, 0), DecodeRow(1, 0, 0)]
     with pytest.raises(AssertionError, match="not sorted by home rank"):
         DecodeStep(cache=cache, wire=None, rows=rows, scale=1.0)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""One shard of the KV cache: what is written is read, whatever blocks it lies in; a refusal writes nothing."""
+"""One shard of the KV cache: what is written is read, in whatever blocks; a refusal writes nothing."""
 
 from __future__ import annotations
 

@@ -29,7 +29,12 @@ class Desk:
     """A scheduler and its blocks, with a model that says the same token again and again."""
 
     def __init__(
-        self, num_blocks: int = 8, sp_size: int = 2, max_num_seqs: int = 2, strategy: Any = "auto", **more: Any
+        self,
+        num_blocks: int = 8,
+        sp_size: int = 2,
+        max_num_seqs: int = 2,
+        strategy: Any = "auto",
+        **more: Any,
     ) -> None:
         model = ModelConfig(
             num_layers=NUM_LAYERS,
@@ -161,7 +166,6 @@ def test_no_mixture_of_requests_gets_stuck_or_overflows(seed: int) -> None:
         num_blocks=draw.randrange(3, 7), sp_size=sp_size, max_num_seqs=4, layers_per_piece=draw.choice([1, 4])
     )
     longest = desk.blocks.capacity // 2
-    kept: list[int] = []
     num_turns = 0
     for request_id in range(60):
         total = draw.randrange(2, longest)
@@ -181,7 +185,6 @@ def test_no_mixture_of_requests_gets_stuck_or_overflows(seed: int) -> None:
                 while turn.finish_reason is None:
                     desk.step(keep_cache=True)
                 num_turns += 1
-            kept.append(1000 + request_id)
             desk.scheduler.release(turn)
     desk.run()
     assert num_turns and desk.blocks.num_free_blocks == [desk.blocks.config.num_blocks] * sp_size
@@ -195,7 +198,9 @@ def test_caches_kept_of_finished_requests_count_as_taken() -> None:
     desk.add(1, 2, 1)
     assert kind(desk.step()) == "p1:0-4", "one block was free"
     desk.add(2, 10, 1)
-    with pytest.raises(KVCacheFull, match=r"request 2 needs 2 KV blocks .* keep the cache; release one of \[0\]"):
+    with pytest.raises(
+        KVCacheFull, match=r"request 2 needs 2 KV blocks .* keep the cache; release one of \[0\]"
+    ):
         desk.step()
     desk.scheduler.release(old)
     plan = desk.step()
@@ -237,7 +242,9 @@ def test_an_abort_frees_the_blocks_in_every_state(state: str) -> None:
 def test_a_request_larger_than_the_empty_cache_is_refused() -> None:
     desk = Desk(num_blocks=4)
     desk.add(0, 16, 17)  # 32 tokens in the cache: the last one is never fed.
-    with pytest.raises(ValueError, match="grow to 5 KV blocks of 4 tokens on an sp rank, and each has 4; raise"):
+    with pytest.raises(
+        ValueError, match="grow to 5 KV blocks of 4 tokens on an sp rank, and each has 4; raise"
+    ):
         desk.add(1, 16, 18)
     assert [kind(plan) for plan in desk.run()].count("d0") == 16
     assert 1 not in desk.requests

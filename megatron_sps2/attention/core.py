@@ -22,7 +22,7 @@ class AttentionStep(Protocol):
     """One engine step as core attention sees it."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [s/P, b, n/T, d] and k, v [s/P, b, n_kv/T, d], roped -> [s/P, b, n/T, d]. `layer` counts from 0."""
+        """q [s/P, b, n/T, d], k and v [s/P, b, n_kv/T, d], roped -> [s/P, b, n/T, d]; layers count from 0."""
         ...
 
 
@@ -34,7 +34,7 @@ class StepContext:
 
 
 class SequenceParallelAttention(torch.nn.Module):
-    """Megatron's core attention, sequence-parallel. Build with `functools.partial(..., context=StepContext())`."""
+    """Megatron's core attention, sequence-parallel; bind `context` by functools.partial."""
 
     def __init__(self, *, context: StepContext, layer_number: int, **_: Any) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class PrefillStep:
         self._new = cache.extend(self.request_id, self.layout.tokens_per_rank[axis.rank])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [s/P, 1, n, d], k and v [s/P, 1, n_kv, d] -> [s/P, 1, n, d]; K and V stay in this rank's shard."""
+        """q [s/P, 1, n, d], k and v [s/P, 1, n_kv, d] -> [s/P, 1, n, d]; K and V stay in this shard."""
         self.cache.write(layer, self._new, k[:, 0], v[:, 0])
         shape = PrefillShape(
             layout=self.layout,

@@ -63,6 +63,11 @@ class KVCache:
         return sum(len(table.blocks) for table in self._tables.values())
 
     @property
+    def element_size(self) -> int:
+        """Bytes per element."""
+        return self._keys[0].element_size()
+
+    @property
     def bytes_per_token(self) -> int:
         """K and V of one token over all layers on this rank."""
         num_kv_heads, _, head_dim = self._keys[0].shape

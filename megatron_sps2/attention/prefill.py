@@ -58,7 +58,7 @@ def three_phase(
     compute: Callable[[Chunk, Arrived], Output],
     give_back: Callable[[Chunk, Output], Handle[Result]],
 ) -> list[Result]:
-    """The pipeline communication, computation, communication: chunk c+1 arrives and c-1 leaves while c computes."""
+    """Communication, computation, communication: chunk c+1 arrives and c-1 leaves while c computes."""
     arriving = bring(chunks[0])
     leaving = []
     for index, chunk in enumerate(chunks):

@@ -1,6 +1,6 @@
 """From settings and an initialised world to an Engine: groups, weights, cache.
 
-Compares what the ranks were told before anything is built, so that two configs never meet inside a collective.
+Compares what the ranks were told before anything is built: two configs never meet inside a collective.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from megatron_sps2.model.checkpoint import load_gpt
 from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.model.heap import keep_freed_memory
 from megatron_sps2.model.manifest import load_model_config
-from megatron_sps2.parallel.collectives import Wire
+from megatron_sps2.parallel.collectives import Wire, gather_objects
 from megatron_sps2.parallel.groups import ParallelGroups
 from megatron_sps2.parallel.ledger import Ledger
+from megatron_sps2.parallel.mailbox import open_mailbox
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +46,11 @@ class EngineConfig:
     # Layers of a prefill between two of which decodes may run; None is all of them.
     layers_per_piece: int | None = None
     device: str = "cpu"
+    # A rank that sends nothing for this long is given up; one that ends is noticed at once.
+    timeout_s: float = 300.0
 
     def sized_cache(self) -> CacheConfig:
-        """The cache as given, or one that holds max_num_seqs requests of max_model_len tokens over all shards."""
+        """The cache as given, or one for max_num_seqs requests of max_model_len tokens over all shards."""
         if self.cache:
             return self.cache
         per_request = -(-self.max_model_len // self.parallel.sp_size)
@@ -58,8 +61,8 @@ class EngineConfig:
 def build_engine(config: EngineConfig) -> Engine:
     """Collective over the whole, initialised world.
 
-    Raises on every rank alike: RuntimeError when ranks were told different things, ValueError for a tp_size that
-    does not fit the model, FileNotFoundError or ValueError for a checkpoint that cannot be read.
+    Raises on every rank alike: RuntimeError when ranks were told different things, ValueError for a tp_size
+    that does not fit the model, FileNotFoundError or ValueError for a checkpoint that cannot be read.
     """
     compare_ranks(config)
     model = load_model_config(config.checkpoint)
@@ -93,8 +96,16 @@ def assemble(
         device=device,
     )
     book_tp_traffic(forward, groups, ledger)
+    mailbox = None
+    if device.type == "cpu":
+        mailbox = open_mailbox(groups.sp, lambda value: gather_objects(value, groups.sp), config.timeout_s)
     runner = Runner(
-        forward, cache, context, Wire(groups.sp, ledger), overlap=config.attention.pipeline, device=device
+        forward,
+        cache,
+        context,
+        Wire(groups.sp, ledger, mailbox),
+        overlap=config.attention.pipeline,
+        device=device,
     )
     blocks = BlockManager(cache_config, config.parallel.sp_size)
     scheduler = Scheduler(
@@ -118,7 +129,7 @@ def assemble(
 
 
 def book_tp_traffic(forward: GptForward, groups: ParallelGroups, ledger: Ledger) -> None:
-    """Books Megatron's own tp all-reduces: each layer's two, as a ring sends them, 2 (T-1)/T of the hidden states."""
+    """Books Megatron's own all-reduces, two a layer, as a ring sends them: 2 (T-1)/T of the hidden states."""
     size = groups.tp.size
     if size == 1:
         return
@@ -133,7 +144,7 @@ def book_tp_traffic(forward: GptForward, groups: ParallelGroups, ledger: Ledger)
 
 
 def compare_ranks(config: EngineConfig) -> None:
-    """Collective over the world. Raises RuntimeError, on every rank, naming the first rank that differs from rank 0.
+    """Raises RuntimeError, on every rank, naming the first rank that differs from rank 0. Collective.
 
     Compares every setting, the model's shape and the versions of torch, megatron-core and this package.
     """
@@ -144,8 +155,8 @@ def compare_ranks(config: EngineConfig) -> None:
         for name, value in other.items():
             if value != everybody[0].get(name):
                 raise RuntimeError(
-                    f"rank {rank} has {name}={value!r} but rank 0 has {everybody[0].get(name)!r}; start every rank "
-                    "with the same flags, checkpoint and installed versions"
+                    f"rank {rank} has {name}={value!r} but rank 0 has {everybody[0].get(name)!r}; start "
+                    "every rank with the same flags, checkpoint and installed versions"
                 )
 
 

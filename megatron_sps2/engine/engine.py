@@ -23,7 +23,7 @@ from megatron_sps2.parallel.ledger import Ledger
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A step's news of one request: its newest token (None while its prompt is prefilled), layers done of all."""
+    """A step's news of one request: a token, or how many layers of its prompt are done."""
 
     request: Request
     has_token: bool

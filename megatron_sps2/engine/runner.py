@@ -5,7 +5,7 @@ Knows the model and the plan; does not decide anything.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from megatron_sps2.engine.sampler import PoisonedLogits, SampledToken, decode_sa
 from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.parallel.collectives import Wire, gather_tokens
 
-# What a step brought forth: a token for each request it finished a forward for, None where logits were poisoned.
+# A token for each request whose forward the step completed, None where its logits were poisoned.
 StepResult = dict[int, SampledToken | None]
 
 
@@ -56,7 +56,9 @@ class Runner:
         overlap: bool,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._forward, self._cache, self._context, self._sp = forward, cache, context, sp
+        self._forward, self._cache, self._context = forward, cache, context
+        # A prompt's tensors are large and overlap with computing; only decode steps are small and in order.
+        self._sp, self._small = replace(sp, mailbox=None), sp
         self._overlap, self._device = overlap, torch.device(device)
         self._scale = forward.model.head_dim**-0.5
         self._sequences: dict[int, _Sequence] = {}
@@ -66,6 +68,12 @@ class Runner:
     def kv_bytes(self) -> int:
         """Bytes of this rank's KV cache, used or not."""
         return self._cache.bytes_per_token * self._cache.config.tokens_per_rank
+
+    @property
+    def _row_bytes(self) -> int:
+        """The most that one decoded token sends to one rank at a time: a partial output and its fp32 LSE."""
+        model = self._forward.model  # K and V of a token are at most two heads' worth of every query head
+        return model.num_attention_heads * (2 * model.head_dim * self._cache.element_size + 4)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -124,7 +132,8 @@ class Runner:
             if token.kv_rank == me and token.new_block is not None:
                 self._cache.grant(token.request_id, [token.new_block])
         rows = [DecodeRow(token.request_id, token.home, token.kv_rank) for token in tokens]
-        step = DecodeStep(cache=self._cache, wire=self._sp, rows=rows, scale=self._scale)
+        wire = self._small.for_messages(len(rows) * self._row_bytes)
+        step = DecodeStep(cache=self._cache, wire=wire, rows=rows, scale=self._scale)
         self._context.step = step
         mine = [token for token in tokens if token.home == me]
         hidden, angles = self._embed([token.token_id for token in mine], [token.position for token in mine])
@@ -154,7 +163,8 @@ class Runner:
         sampled = [self._sample_one(request_id, row) for request_id, row in zip(mine, logits, strict=True)]
         num_top = max(self._sequences[request_id].params.logprobs or 0 for request_id in request_ids)
         packed = encode_sampled(sampled, num_top).to(self._device)
-        tokens = decode_sampled(gather_tokens(packed, self._sp, home_counts, "gather_sampled").wait())
+        wire = self._small.for_messages(len(request_ids) * packed.shape[1] * packed.element_size())
+        tokens = decode_sampled(gather_tokens(packed, wire, home_counts, "gather_sampled").wait())
         for request_id, token in zip(request_ids, tokens, strict=True):
             if token is not None:
                 self._sequences[request_id].token_ids.append(token.token_id)

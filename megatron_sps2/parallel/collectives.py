@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_sps2.parallel.groups import Axis
 from megatron_sps2.parallel.layout import HeadGroup
 from megatron_sps2.parallel.ledger import Ledger
+from megatron_sps2.parallel.mailbox import SLOT_BYTES, Mailbox
 
 T = TypeVar("T")
 
@@ -25,19 +26,30 @@ T = TypeVar("T")
 PLAN_BYTES = 8192
 
 
+class Work(Protocol):
+    """A transfer under way."""
+
+    def wait(self) -> object: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """An axis to send over and the ledger to book it in."""
+    """An axis to send over and the ledger to book it in; small messages may go by `mailbox`."""
 
     axis: Axis
     ledger: Ledger
+    mailbox: Mailbox | None = None
+
+    def for_messages(self, num_bytes: int) -> Wire:
+        """The wire for messages of at most `num_bytes`, a number that all ranks know alike."""
+        return self if num_bytes <= SLOT_BYTES else replace(self, mailbox=None)
 
 
 class Handle(Generic[T]):
     """A collective under way. Keeps its buffers alive until `wait`, which gives the result."""
 
     def __init__(
-        self, received: Tensor, finish: Callable[[Tensor], T], work: dist.Work | None, sent: Tensor
+        self, received: Tensor, finish: Callable[[Tensor], T], work: Work | None, sent: Tensor
     ) -> None:
         self._received, self._finish, self._work, self._sent = received, finish, work, sent
 
@@ -53,7 +65,7 @@ class Handle(Generic[T]):
 def all_to_all(
     wire: Wire, name: str, parts: Sequence[Tensor], recv_numels: Sequence[int], finish: Callable[[Tensor], T]
 ) -> Handle[T]:
-    """Part p goes to rank p of the axis; `finish` shapes the flat tensor of all that arrived, rank after rank.
+    """Part p goes to rank p of the axis; `finish` shapes the flat tensor of what came, rank after rank.
 
     recv_numels[p] elements come from rank p. A part may be empty.
     """
@@ -64,14 +76,20 @@ def all_to_all(
     wire.ledger.add(name, (sum(numels) - numels[axis.rank]) * send.element_size())
     # gloo fills a non-contiguous output wrongly and says nothing: always a fresh one.
     received = send.new_empty(sum(recv_numels))
-    work = dist.all_to_all_single(received, send, list(recv_numels), numels, group=axis.group, async_op=True)
+    work: Work
+    if wire.mailbox:
+        work = wire.mailbox.exchange(send, numels, received, recv_numels)
+    else:
+        work = dist.all_to_all_single(
+            received, send, list(recv_numels), numels, group=axis.group, async_op=True
+        )
     return Handle(received, finish, work, send)
 
 
 def seq_to_heads(
     x: Tensor, wire: Wire, tokens: Sequence[int], heads: Sequence[tuple[int, int]], name: str = "seq_to_heads"
 ) -> Handle[Tensor]:
-    """[s/P, b, n, d] -> [s, b, n/P, d]; tokens[r] tokens lie on rank r, rank p gets heads heads[p]=(start, stop).
+    """[s/P, b, n, d] -> [s, b, n/P, d]; tokens[r] lie on rank r, rank p gets heads[p] = (start, stop).
 
     Uneven and empty ranges are allowed, and ranges may overlap (a KV head that several ranks read).
     """
@@ -133,9 +151,9 @@ def gather_tokens(x: Tensor, wire: Wire, tokens: Sequence[int], name: str) -> Ha
 def return_partials(
     out: Tensor, lse: Tensor, wire: Wire, tokens: Sequence[int], name: str = "return_partials"
 ) -> Handle[tuple[Tensor, Tensor]]:
-    """out [s, ..., n, d], lse [s, ..., n] fp32 -> [P, s/P, ..., n, d], [P, s/P, ..., n]: every rank's partial of my tokens.
+    """out [s, ..., n, d], lse [s, ..., n] fp32 -> [P, s/P, ..., n, d], [P, s/P, ..., n] of my tokens.
 
-    tokens[r] of the s rows are at home on rank r. One message: the LSE travels as fp32 bytes beside the outputs.
+    tokens[r] of the s rows are at home on rank r. One message: LSE travels as fp32 bytes beside outputs.
     """
     if wire.axis.size == 1:
         return Handle(out, lambda whole: (whole[None], lse[None]), None, out)
@@ -161,14 +179,14 @@ def return_partials(
 def route_rows(
     x: Tensor, wire: Wire, sent: Sequence[int], received: Sequence[int], name: str
 ) -> Handle[Tensor]:
-    """[sum(sent), ...] -> [sum(received), ...]: the next sent[p] rows go to rank p, received[p] rows come from it."""
+    """[sum(sent), ...] -> [sum(received), ...]: the next sent[p] rows go to rank p, received[p] come."""
     row = x.shape[1:]
     recv = [count * row.numel() for count in received]
     return all_to_all(wire, name, x.split(list(sent)), recv, lambda flat: flat.view(sum(received), *row))
 
 
 def broadcast_plan(plan: Any, wire: Wire, device: torch.device) -> Any:
-    """Rank 0's plain-data `plan` on every rank of the axis; others pass None. One message unless it is large."""
+    """Rank 0's plain-data `plan` on every rank; others pass None. One message unless it is large."""
     axis = wire.axis
     if axis.size == 1:
         return plan

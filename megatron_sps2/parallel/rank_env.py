@@ -85,7 +85,7 @@ class RankEnv:
             raise ValueError(
                 f"dp_size={parallel.dp_size} x sp_size={parallel.sp_size} x tp_size={parallel.tp_size} "
                 f"is {wanted} and world_size={self.world_size} ({self.launcher}); they must be equal: start "
-                f"{wanted} ranks, or choose --dp, --sp and --tp whose product is {self.world_size}"
+                f"{wanted} ranks, or choose --sp and --tp whose product is {self.world_size}"
             )
 
 

@@ -1,0 +1,87 @@
+"""SmolLM2-135M, a real model whose 9 query and 3 KV heads divide by neither 2 nor 4, against transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from megatron_sps2.config import ParallelConfig
+from megatron_sps2.engine.build import EngineConfig
+from megatron_sps2.engine.tokenizer import load_tokenizer
+from tests.ranks import run_ranks
+from tests.sharded_run import NUM_GENERATED, Prompt, logits_error, run_everything
+from tests.test_exactness import greedy
+
+pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.timeout(900)]
+
+LENGTHS = (1, 7, 257, 4097)
+# Of the largest logit (about 40). fp32 through 30 layers; measured below 2e-5.
+TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def text_ids(smollm2_checkpoint: Path) -> list[int]:
+    """Over 9,000 token ids of real text: the demo's prompt, again and again."""
+    text = (Path(__file__).parent.parent / "examples" / "prompt.txt").read_text()
+    return load_tokenizer(smollm2_checkpoint).encode("\n\n".join([text] * 3))
+
+
+@pytest.fixture(scope="module")
+def prompts(text_ids: list[int]) -> list[Prompt]:
+    """Logits are compared at 20 positions and the last one: all of 4,097 would be 800 MB."""
+    places = [sorted({*range(0, length, max(1, length // 20)), length - 1}) for length in LENGTHS]
+    return [Prompt(text_ids[:length], chosen) for length, chosen in zip(LENGTHS, places, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2_gguf: Path, prompts: list[Prompt]) -> tuple[list[torch.Tensor], list[list[int]]]:
+    """Logits at the chosen positions and greedy tokens, by transformers reading the GGUF itself."""
+    hf = LlamaForCausalLM.from_pretrained(
+        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32, local_files_only=True
+    ).eval()
+    with torch.inference_mode():
+        hidden = [hf.model(torch.tensor([prompt.ids])).last_hidden_state[0] for prompt in prompts]
+        logits = [hf.lm_head(rows[prompt.positions]) for rows, prompt in zip(hidden, prompts, strict=True)]
+    return logits, [greedy(hf, prompt.ids) for prompt in prompts]
+
+
+def config_for(checkpoint: Path, tp_size: int, sp_size: int, max_model_len: int) -> EngineConfig:
+    return EngineConfig(
+        checkpoint=str(checkpoint),
+        parallel=ParallelConfig(sp_size=sp_size, tp_size=tp_size),
+        max_model_len=max_model_len,
+        max_num_seqs=len(LENGTHS),
+    )
+
+
+@pytest.mark.parametrize("sp_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("tp_size", [1, 3])
+def test_smollm2_equals_transformers(
+    tp_size: int,
+    sp_size: int,
+    smollm2_checkpoint: Path,
+    prompts: list[Prompt],
+    reference: tuple[list[torch.Tensor], list[list[int]]],
+) -> None:
+    logits, tokens = reference
+    config = config_for(smollm2_checkpoint, tp_size, sp_size, max(LENGTHS) + NUM_GENERATED)
+    results = run_ranks(tp_size * sp_size, run_everything, config, prompts, timeout_s=600)
+    assert logits_error(results, logits, prompts) < TOLERANCE
+    assert results[0].tokens == tokens
+
+
+@pytest.mark.parametrize("length", [4000, 8000])
+def test_smollm2_says_the_same_at_sp_1_2_and_4(
+    length: int, smollm2_checkpoint: Path, text_ids: list[int]
+) -> None:
+    prompt = Prompt(text_ids[:length], [])
+    answers = []
+    for sp_size in (1, 2, 4):
+        config = config_for(smollm2_checkpoint, 1, sp_size, length + NUM_GENERATED)
+        results = run_ranks(sp_size, run_everything, config, [prompt], timeout_s=600)
+        answers.append(results[0].tokens)
+    assert answers[0] == answers[1] == answers[2]
+    assert len(answers[0][0]) == NUM_GENERATED
