@@ -136,9 +136,7 @@ def _rank(rank: int, config: EngineConfig, store: str, pipe: Connection) -> None
         engine.follow()
         return
     model, element_size = engine.model, getattr(torch, config.dtype).itemsize
-    whole = (
-        2 * model.num_layers * model.num_query_groups * model.head_dim * config.max_model_len * element_size
-    )
+    per_token = 2 * model.num_layers * model.num_query_groups * model.head_dim * element_size
     pipe.send(engine.kv_bytes / (per_token * config.max_model_len))
     while (job := pipe.recv()) is not None:
         ids, num_tokens = job
