@@ -35,7 +35,19 @@ def sampled(checkpoint: Path) -> dict[str, Any]:
 
 
 def sampling(checkpoint: Path) -> tuple[object, ...]:
-    flags = "--max-tokens 12 --temperature 0.9 --top-k 100 --seed 3 --logprobs 2 --ignore-eos".split()
+    flags = [
+        "--max-tokens",
+        "12",
+        "--temperature",
+        "0.9",
+        "--top-k",
+        "100",
+        "--seed",
+        "3",
+        "--logprobs",
+        "2",
+        "--ignore-eos",
+    ]
     return ("--checkpoint", checkpoint, *flags)
 
 

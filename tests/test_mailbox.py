@@ -14,14 +14,14 @@ from megatron_sps2.config import ParallelConfig
 from megatron_sps2.parallel.collectives import Wire, gather_objects, gather_tokens, route_rows
 from megatron_sps2.parallel.groups import Axis, ParallelGroups
 from megatron_sps2.parallel.ledger import Ledger
-from megatron_sps2.parallel.mailbox import SLOT_BYTES, Mailbox, PeerLost, open_mailbox
+from megatron_sps2.parallel.mailbox import LARGEST_SLOT_BYTES, Mailbox, PeerLost, open_mailbox, slot_bytes
 from tests.broken_wire import exchange_skipped
 from tests.ranks import RankFailed, run_ranks
 
 
 def open_on_world(timeout_s: float = 20.0) -> tuple[Axis, Mailbox | None]:
     axis = ParallelGroups.create(ParallelConfig(sp_size=dist.get_world_size())).sp
-    return axis, open_mailbox(axis, lambda value: gather_objects(value, axis), timeout_s)
+    return axis, open_mailbox(axis, lambda value: gather_objects(value, axis), timeout_s, axis.size)
 
 
 def exchange_at_random(wire: Wire, rounds: int, dtype: torch.dtype) -> list[Tensor]:
@@ -69,9 +69,28 @@ def test_a_rank_alone_has_no_mailbox() -> None:
 
 
 def test_large_messages_go_by_the_group() -> None:
-    wire = Wire(Axis(None, 0, 2, (0, 1)), Ledger(), Mailbox.__new__(Mailbox))  # type: ignore[arg-type]
-    assert wire.for_messages(SLOT_BYTES).mailbox is not None
-    assert wire.for_messages(SLOT_BYTES + 1).mailbox is None
+    mailbox = Mailbox.__new__(Mailbox)
+    mailbox.slot_bytes = slot_bytes(2)
+    wire = Wire(Axis(None, 0, 2, (0, 1)), Ledger(), mailbox)  # type: ignore[arg-type]
+    assert wire.for_messages(slot_bytes(2)).mailbox is mailbox
+    assert wire.for_messages(slot_bytes(2) + 1).mailbox is None
+
+
+def test_slots_shrink_as_ranks_grow_in_number() -> None:
+    assert [slot_bytes(size) for size in (2, 4, 8)] == [LARGEST_SLOT_BYTES, 1 << 18, 1 << 16]
+
+
+def too_many_under_way() -> bool:
+    axis, mailbox = open_on_world()
+    wire = Wire(axis, Ledger(), mailbox)
+    handles = [gather_tokens(torch.ones(1, 4), wire, [1, 1], "x") for _ in range(4)]
+    with pytest.raises(AssertionError, match="under way"):
+        gather_tokens(torch.ones(1, 4), wire, [1, 1], "x")
+    return all(bool(handle.wait().sum() == 8) for handle in handles)
+
+
+def test_more_exchanges_under_way_than_slots_allow_are_refused() -> None:
+    assert run_ranks(2, too_many_under_way) == [True, True]
 
 
 def one_ends() -> str:

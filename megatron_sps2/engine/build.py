@@ -98,7 +98,8 @@ def assemble(
     book_tp_traffic(forward, groups, ledger)
     mailbox = None
     if device.type == "cpu":
-        mailbox = open_mailbox(groups.sp, lambda value: gather_objects(value, groups.sp), config.timeout_s)
+        gather = functools.partial(gather_objects, axis=groups.sp)
+        mailbox = open_mailbox(groups.sp, gather, config.timeout_s, num_local_ranks=groups.world.size)
     runner = Runner(
         forward,
         cache,

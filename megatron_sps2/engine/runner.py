@@ -23,6 +23,10 @@ from megatron_sps2.parallel.collectives import Wire, gather_tokens
 StepResult = dict[int, SampledToken | None]
 
 
+# Shorter prompts exchange all heads at once: a message per head chunk would cost more than overlap wins.
+OVERLAP_MIN_TOKENS = 1024
+
+
 @dataclass(slots=True)
 class _Sequence:
     """What sampling needs of a request, on every rank: any of them may be its home."""
@@ -57,7 +61,7 @@ class Runner:
         device: torch.device | str = "cpu",
     ) -> None:
         self._forward, self._cache, self._context = forward, cache, context
-        # A prompt's tensors are large and overlap with computing; only decode steps are small and in order.
+        # Long prompts overlap their exchanges with computing, which the mailbox cannot; the rest is small.
         self._sp, self._small = replace(sp, mailbox=None), sp
         self._overlap, self._device = overlap, torch.device(device)
         self._scale = forward.model.head_dim**-0.5
@@ -71,9 +75,10 @@ class Runner:
 
     @property
     def _row_bytes(self) -> int:
-        """The most that one decoded token sends to one rank at a time: a partial output and its fp32 LSE."""
-        model = self._forward.model  # K and V of a token are at most two heads' worth of every query head
-        return model.num_attention_heads * (2 * model.head_dim * self._cache.element_size + 4)
+        """The most that one token sends to one rank at a time: K and V, or a partial output and its LSE."""
+        model, size = self._forward.model, self._cache.element_size
+        row = max(2 * model.num_query_groups, model.num_attention_heads) * model.head_dim * size
+        return row + 4 * model.num_attention_heads
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
@@ -108,15 +113,17 @@ class Runner:
     def _start_prefill(self, request_id: int, prompt: NewPrompt) -> _PausedPrefill:
         rank = self._sp.axis.rank
         self._cache.grant(request_id, list(prompt.blocks[rank]))
+        num_rows = -(-len(prompt.token_ids) // self._sp.axis.size)
+        overlap = self._overlap and len(prompt.token_ids) >= OVERLAP_MIN_TOKENS
         step = PrefillStep(
             cache=self._cache,
-            wire=self._sp,
+            wire=self._sp if overlap else self._small.for_messages(num_rows * self._row_bytes),
             request_id=request_id,
             strategy=prompt.strategy,
             num_tokens=len(prompt.token_ids),
             num_past=prompt.num_past,
             scale=self._scale,
-            overlap=self._overlap,
+            overlap=overlap,
         )
         known = self._sequences.get(request_id)
         history = [*(known.token_ids[: prompt.num_past] if known else ()), *prompt.token_ids]

