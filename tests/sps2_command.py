@@ -20,7 +20,7 @@ BIN = Path(sys.executable).parent
 SPS2 = (sys.executable, "-m", "megatron_sps2")
 MAX_SEQ_LEN = 16384
 # Processes import torch and Megatron, in seconds; several times that on a busy machine.
-TIMEOUT_S = 120
+TIMEOUT_S = 200
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}w3{% else %}w4{% endif %} {{ m.content }} {% endfor %}"
     "{% if add_generation_prompt %}w4{% endif %}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +46,8 @@ SHARDS = {
 
 def sp_wire(by_mail: bool = False) -> Wire:
     axis = ParallelGroups.create(ParallelConfig(sp_size=dist.get_world_size())).sp
-    mailbox = open_mailbox(axis, lambda value: gather_objects(value, axis), 60.0) if by_mail else None
+    gather = functools.partial(gather_objects, axis=axis)
+    mailbox = open_mailbox(axis, gather, 60.0, axis.size) if by_mail else None
     assert by_mail == (mailbox is not None), "no mailbox between ranks of one host"
     return Wire(axis, Ledger(), mailbox)
 

@@ -19,7 +19,9 @@ from checkpoints_tools.convert import convert
 from megatron_sps2.config import CacheConfig, KVCacheFull, ParallelConfig, SamplingParams
 from megatron_sps2.engine.build import EngineConfig, build_engine
 from megatron_sps2.engine.engine import Engine
+from megatron_sps2.engine.plan import StepPlan
 from megatron_sps2.engine.request import FinishReason, Request
+from megatron_sps2.engine.runner import StepResult
 from tests.broken_wire import exchange_skipped
 from tests.ranks import run_ranks
 from tests.tiny_llama import VOCAB_SIZE, prompt, save_hf_llama
@@ -169,9 +171,27 @@ def refusal(make: Callable[[], object]) -> str:
     return "not refused"
 
 
+def watch_blocks(engine: Engine) -> None:
+    """From now on every step checks that this rank holds just the blocks that its tokens need, none twice."""
+    runner, cache = engine._runner, engine._runner._cache
+    run = runner.run
+
+    def watched(plan: StepPlan) -> StepResult:
+        result = run(plan)
+        tables = list(cache._tables.values())
+        held = [block for table in tables for block in table.blocks]
+        assert len(held) == len(set(held)), f"a block is held twice: {held}"
+        for table in tables:
+            assert len(table.blocks) == -(-table.num_tokens // cache.config.block_size), table
+        return result
+
+    runner.run = watched  # type: ignore[method-assign]
+
+
 def run_scenario(config: EngineConfig, eos: int) -> tuple[dict[str, Any], int, int]:
     """On a rank: rank 0's findings, blocks still used and sequences still known here."""
     engine = build_engine(config)
+    watch_blocks(engine)
     found: dict[str, Any] = {}
     if engine.is_leader:
         found = scenario(engine, eos)

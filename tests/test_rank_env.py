@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_sps2.config import ParallelConfig
 from megatron_sps2.parallel import slurm
-from megatron_sps2.parallel.rank_env import RankEnv, init_process_group, threads_per_rank
+from megatron_sps2.parallel.rank_env import RankEnv, init_process_group, launched_rank, threads_per_rank
 
 MASTER = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
 TORCHRUN = {
@@ -163,6 +163,10 @@ class FakeComm:
 
     def __init__(self, size: int = 4) -> None:
         self.size = size
+        self.ended = False
+
+    def end(self) -> None:
+        self.ended = True
 
     def Get_rank(self) -> int:
         return 2
@@ -176,12 +180,23 @@ class FakeComm:
 
 
 def fake_mpi(monkeypatch: pytest.MonkeyPatch, comm: FakeComm) -> None:
-    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=comm)))
+    monkeypatch.setitem(
+        sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=comm, Finalize=comm.end))
+    )
 
 
 def test_open_mpi_without_an_address_asks_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_mpi(monkeypatch, FakeComm())
+    comm = FakeComm()
+    fake_mpi(monkeypatch, comm)
     assert detected(OPENMPI).init_method == "tcp://host0:4242"
+    assert comm.ended, "MPI left to end with the process would make a failed rank wait for the others"
+
+
+def test_the_label_of_a_rank_needs_no_other_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    places = [launched_rank(env) for env in (OPENMPI, TORCHRUN, {}, {"RANK": "x", "WORLD_SIZE": "2"})]
+    found = [(detected(TORCHRUN).rank, detected(TORCHRUN).world_size), None, None]
+    assert places == [(2, 4), *found]
 
 
 def test_an_mpi4py_of_another_mpi_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ def engine_config(args: argparse.Namespace, max_model_len: int) -> EngineConfig:
         dtype=args.dtype,
         max_model_len=max_model_len,
         block_size=args.block_size,
+        timeout_s=args.timeout_s,
         # Progress is shown, and Ctrl-C heard, between two layers.
         layers_per_piece=1,
         device="cpu" if args.device == "cpu" else "cuda",
