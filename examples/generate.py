@@ -1,7 +1,7 @@
 """The engine from Python, several prompts in one batch. Alone or under a launcher:
 
-    python examples/generate.py CHECKPOINT
-    torchrun --nproc-per-node 2 examples/generate.py CHECKPOINT
+python examples/generate.py CHECKPOINT
+torchrun --nproc-per-node 2 examples/generate.py CHECKPOINT
 """
 
 from __future__ import annotations

@@ -60,6 +60,9 @@ class ModelConfig:
             *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
             *("num_query_groups", "head_dim", "vocab_size", "max_seq_len"),
         )
+        for name in ("norm_epsilon", "rotary_base"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "

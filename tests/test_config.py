@@ -46,6 +46,12 @@ def test_every_kv_head_must_serve_the_same_number_of_queries() -> None:
     assert MODEL.queries_per_group == 3
 
 
+@pytest.mark.parametrize("name", ["norm_epsilon", "rotary_base"])
+def test_norm_and_rotary_constants_are_above_zero(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=0.0 must be above 0"):
+        replace(MODEL, **{name: 0.0})
+
+
 def test_an_odd_head_dim_has_no_rotary_positions() -> None:
     with pytest.raises(ValueError, match="head_dim=7 is odd; rotary positions need an even head_dim"):
         replace(MODEL, head_dim=7)

@@ -317,9 +317,20 @@ def run_poisoned(config: EngineConfig, token_id: int) -> dict[str, Any]:
     found["after"] = ask(engine, PROMPTS[1:], GREEDY)
     found["too long"] = refusal(lambda: engine.add_request([1] * 503, GREEDY))
     found["too large"] = refusal(lambda: engine.add_request([1] * 490, GREEDY))
+    found["unfinished"] = continue_unfinished(engine)
     found["full"] = keep_until_full(engine)
     engine.stop()
     return found
+
+
+def continue_unfinished(engine: Engine) -> str:
+    """A request that was ended inside its prefill has a cache whose later layers were never written."""
+    request = engine.add_request(PROMPTS[2], GREEDY)
+    engine.step()
+    engine.finish(request, FinishReason.ABORT)
+    complaint = refusal(lambda: engine.continue_request(request, [1, 2], GREEDY))
+    engine.release(request)
+    return complaint
 
 
 def keep_until_full(engine: Engine) -> tuple[str, list[int]]:
@@ -357,6 +368,7 @@ def test_poisoned_logits_end_their_own_request_only_and_a_small_cache_refuses(
     assert found["too large"].startswith(
         f"the request may grow to {num_blocks} KV blocks of 8 tokens on an sp"
     )
+    assert "only a finished answer can be continued" in found["unfinished"]
     assert "release one of" in found["full"][0] and found["full"][1] == reference.tokens[2][:1]
 
 

@@ -150,7 +150,7 @@ def test_min_tokens_forbids_eos_and_stop_ids_until_it_is_reached() -> None:
 
 
 def test_min_tokens_that_forbids_everything_is_refused() -> None:
-    with pytest.raises(ValueError, match="min_tokens=2"):
+    with pytest.raises(PoisonedLogits, match="min_tokens=2"):
         sample(torch.zeros(2), SamplingParams(min_tokens=2), (), 0, (0, 1))
 
 

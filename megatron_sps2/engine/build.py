@@ -49,6 +49,11 @@ class EngineConfig:
     # A rank that sends nothing for this long is given up; one that ends is noticed at once.
     timeout_s: float = 300.0
 
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
     def sized_cache(self) -> CacheConfig:
         """The cache as given, or one for max_num_seqs requests of max_model_len tokens over all shards."""
         if self.cache:

@@ -82,7 +82,13 @@ class Engine:
         """Another turn on a finished request whose cache was kept: `prompt_ids` follow its cached tokens.
 
         The newest sampled token was never fed, so it is not cached: it must be the first of `prompt_ids`.
+        Raises ValueError for a request whose cache is not that of a whole answer, and as add_request does.
         """
+        if request.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH) or not request.output:
+            raise ValueError(
+                f"request {request.request_id} ended by {request.finish_reason} after {len(request.output)} "
+                "tokens; only a finished answer can be continued, add the whole conversation as a new request"
+            )
         cached = sum(self.blocks.tokens_per_rank(request.request_id))
         turn = Request(
             request_id=request.request_id, prompt_ids=tuple(prompt_ids), params=params, num_past=cached
@@ -90,7 +96,7 @@ class Engine:
         return self._queue(turn)
 
     def step(self) -> list[Progress]:
-        """Schedule, run, update."""
+        """Schedule, run, update. Raises KVCacheFull when only the release of a finished request helps."""
         plan = self._scheduler.schedule()
         result = self._runner.run(broadcast_plan(plan, self._replica, self._device))
         return self._update(plan, result)

@@ -23,7 +23,7 @@ TAIL_WEIGHT = 1e-4
 
 
 class PoisonedLogits(RuntimeError):
-    """A request's logits hold NaN or +inf, or nothing but -inf; other requests of the batch are unharmed."""
+    """No token can be chosen from a request's logits; other requests of the batch are unharmed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def _forbid(shaped: Logits, token_ids: Sequence[int], params: SamplingParams) ->
     shaped = shaped.copy()
     shaped[[i for i in token_ids if 0 <= i < shaped.size]] = -np.inf
     if shaped.max() == -np.inf:
-        raise ValueError(
+        raise PoisonedLogits(
             f"min_tokens={params.min_tokens} forbids eos and stop_token_ids, and no other token is possible; "
             "lower min_tokens or shorten stop_token_ids"
         )
