@@ -6,6 +6,7 @@ Knows environments and processes; what the ranks do is the command's.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -52,36 +53,23 @@ def _run_rank(args: argparse.Namespace, body: Body, env: RankEnv, check: Check |
     import torch
     import torch.distributed as dist
 
+    from megatron_sps2.parallel.collectives import agree
+
     args.device = pick_device(args.device, env.local_rank)
     if args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads_per_rank(env.local_world_size))
     backend = "nccl" if args.device.startswith("cuda") else "gloo"
     init_process_group(env, backend, timedelta(seconds=args.timeout_s))
     if check:
-        _check_alike(args, env, check)
+        agree(functools.partial(_check, args, env, check))
     code = body(args)
     dist.destroy_process_group()
     return code
 
 
-def _check_alike(args: argparse.Namespace, env: RankEnv, check: Check) -> None:
-    """Collective over the world: raises on every rank what is wrong on one, the first rank's first."""
-    import torch.distributed as dist
-
-    from megatron_sps2.parallel.collectives import gather_objects
-    from megatron_sps2.parallel.groups import Axis
-
-    problem: ValueError | OSError | None = None
-    try:
-        env.check_world(parallel_config(args))
-        check(args)
-    except (ValueError, OSError) as error:
-        problem = type(error)(str(error)) if isinstance(error, OSError) else ValueError(str(error))
-    assert dist.group.WORLD is not None
-    world = Axis(dist.group.WORLD, env.rank, env.world_size, tuple(range(env.world_size)))
-    for rank, found in enumerate(gather_objects(problem, world)):
-        if found is not None:
-            raise type(found)(str(found) if rank == 0 else f"rank {rank}: {found}")
+def _check(args: argparse.Namespace, env: RankEnv, check: Check) -> None:
+    env.check_world(parallel_config(args))
+    check(args)
 
 
 def pick_device(wanted: str, local_rank: int) -> str:

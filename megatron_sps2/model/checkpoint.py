@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 from unittest import mock
 
 import torch
@@ -34,10 +33,9 @@ from megatron_sps2.model.manifest import (
     write_manifest,
 )
 from megatron_sps2.model.spec import build_gpt, padded_vocab_size
-from megatron_sps2.parallel.collectives import gather_objects
-from megatron_sps2.parallel.groups import Axis
+from megatron_sps2.parallel.collectives import agree, gather_objects
+from megatron_sps2.parallel.groups import world_axis
 
-T = TypeVar("T")
 Shapes = dict[str, tuple[int, ...]]
 
 _EXTRA_STATE = "_extra_state"
@@ -53,7 +51,7 @@ def load_gpt(
     device: torch.device | str = "cpu",
 ) -> GptForward:
     """This tp rank's shard of the checkpoint, ready to run. Collective, and raises, as load_weights."""
-    manifest = _together(lambda: read_manifest(folder))
+    manifest = agree(lambda: read_manifest(folder))
     ParallelConfig(tp_size=pg_collection.tp.size()).check_model(manifest.model)
     gpt = build_gpt(manifest.model, pg_collection, core_attention, dtype, device)
     load_weights(gpt, folder, pg_collection)
@@ -75,7 +73,7 @@ def load_weights(gpt: GPTModel, folder: str | Path, pg_collection: ProcessGroupC
         num_rows = padded_vocab_size(manifest.model.vocab_size, pg_collection.tp.size())
         _check_weights(_expected_shapes(sharded), _saved_shapes(weights), num_rows, weights)
 
-    _together(check)
+    agree(check)
     try:
         # Every rank reads what it needs, replicas included: nobody has to own a weight.
         state = dist_checkpointing.load(sharded, weights, validate_access_integrity=False)
@@ -119,7 +117,7 @@ def save_model(
     finally:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-    gather_objects(None, _world())  # Nobody reads before rank 0 has renamed.
+    gather_objects(None, world_axis())  # Nobody reads before rank 0 has renamed.
 
 
 def _replace(partial: Path, target: Path) -> None:
@@ -161,30 +159,6 @@ def _check_weights(wanted: Shapes, saved: Shapes, num_vocab_rows: int, weights: 
         raise ValueError(
             f"the weights in {weights} do not fit the model in sps2_model.json: {shown}; {CONVERT_AGAIN}"
         )
-
-
-def _world() -> Axis:
-    size = dist.get_world_size()
-    group = dist.group.WORLD
-    assert group is not None
-    return Axis(group, dist.get_rank(), size, tuple(range(size)))
-
-
-def _together(check: Callable[[], T]) -> T:
-    """`check()`, unless it fails on any rank: then it fails on all, and none waits for one that is gone."""
-    problem: OSError | ValueError | None = None
-    try:
-        result = check()
-    except (OSError, ValueError) as error:
-        problem = error
-    problems = gather_objects(None if problem is None else (type(problem), str(problem)), _world())
-    if problem is not None:
-        raise problem
-    for rank, found in enumerate(problems):
-        if found is not None:
-            kind, message = found
-            raise kind(f"rank {rank}: {message}")
-    return result
 
 
 @contextmanager

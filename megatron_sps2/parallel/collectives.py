@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sps2.parallel.groups import Axis
+from megatron_sps2.parallel.groups import Axis, world_axis
 from megatron_sps2.parallel.layout import HeadGroup
 from megatron_sps2.parallel.ledger import Ledger
 from megatron_sps2.parallel.mailbox import Mailbox
@@ -219,6 +219,24 @@ def gather_objects(value: T, axis: Axis) -> list[T]:
     values: list[Any] = [None] * axis.size
     dist.all_gather_object(values, value, group=axis.group)
     return values
+
+
+def agree(check: Callable[[], T]) -> T:
+    """`check()`, unless it finds a user's mistake on any rank: then it raises on all, the first rank's first.
+
+    Collective over the world, so that no rank waits for one that has given up.
+    """
+    problem: Exception | None = None
+    try:
+        result = check()
+    except (ValueError, OSError) as error:
+        # Built anew from its text: a subclass with more inside may not survive the journey.
+        kinds = (FileNotFoundError, OSError, ValueError)
+        problem = next(kind for kind in kinds if isinstance(error, kind))(str(error))
+    for rank, found in enumerate(gather_objects(problem, world_axis())):
+        if found is not None:
+            raise type(found)(str(found) if rank == 0 else f"rank {rank}: {found}")
+    return result
 
 
 def from_first_rank(make: Callable[[], T]) -> T:

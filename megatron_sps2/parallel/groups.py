@@ -27,6 +27,13 @@ class Axis:
     ranks: tuple[int, ...]
 
 
+def world_axis() -> Axis:
+    """All ranks of the initialised world."""
+    size = dist.get_world_size()
+    assert dist.group.WORLD is not None
+    return Axis(dist.group.WORLD, dist.get_rank(), size, tuple(range(size)))
+
+
 def rank_grid(parallel: ParallelConfig) -> list[tuple[int, int, int]]:
     """(dp_rank, sp_rank, tp_rank) of every world rank, in order of rank."""
     return list(product(range(parallel.dp_size), range(parallel.sp_size), range(parallel.tp_size)))

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -139,12 +139,13 @@ def open_mailbox(axis: Axis, gather: Gather, timeout_s: float, num_local_ranks: 
         return None
     size = axis.size * axis.size * (CACHE_LINE + NUM_SLOTS * slot_bytes(axis.size))
     token = secrets.token_bytes(16)
-    path = _create(size, token) if axis.rank == 0 else None
+    file = _create(size, token) if axis.rank == 0 else None
+    path = f"/proc/{os.getpid()}/fd/{file.fileno()}" if file else None
     path, token = gather((path, token))[0]
     memory = _map(path, size, token)
     usable = all(gather(memory is not None))
-    if axis.rank == 0 and path:
-        path.unlink()  # Mapped by all; the memory goes with the last of them.
+    if file:
+        file.close()  # Mapped by all; the memory goes with the last of them.
     if not usable or memory is None:
         return None
     memory[: len(token)] = bytes(len(token))
@@ -154,25 +155,24 @@ def open_mailbox(axis: Axis, gather: Gather, timeout_s: float, num_local_ranks: 
     return Mailbox(axis, memory, [pid for *_, pid in hosts], timeout_s, spin_s)
 
 
-def _create(size: int, token: bytes) -> Path | None:
-    """A sparse file in memory that begins with `token`; None where there is no room for it."""
-    folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
+def _create(size: int, token: bytes) -> BinaryIO | None:
+    """A file in memory that begins with `token` and has no name, so that it cannot outlive its processes."""
     try:
-        handle, name = tempfile.mkstemp(prefix="sps2-", dir=folder)
-        with os.fdopen(handle, "wb") as file:
-            file.write(token)
-            os.posix_fallocate(file.fileno(), 0, size)
+        file = tempfile.TemporaryFile(dir="/dev/shm")  # noqa: SIM115 (open until all ranks have mapped it)
+        file.write(token)
+        file.flush()
+        os.posix_fallocate(file.fileno(), 0, size)
     except OSError:
         return None
-    return Path(name)
+    return file
 
 
-def _map(path: Path | None, size: int, token: bytes) -> mmap.mmap | None:
+def _map(path: str | None, size: int, token: bytes) -> mmap.mmap | None:
     """The shared file, if it is the one that rank 0 made."""
     try:
         if path is None:
             return None
-        with path.open("r+b") as file:
+        with open(path, "r+b") as file:
             memory = mmap.mmap(file.fileno(), size)
     except (OSError, ValueError):
         return None
