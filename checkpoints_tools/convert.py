@@ -20,6 +20,7 @@ from checkpoints_tools.hf import HfSource
 from checkpoints_tools.source import Source, check_weights
 from megatron_sps2.config import DTYPES, DType, ModelConfig
 from megatron_sps2.model.checkpoint import save_model
+from megatron_sps2.model.manifest import check_replaceable
 from megatron_sps2.model.spec import build_gpt
 from megatron_sps2.model.weights import to_megatron
 
@@ -36,17 +37,18 @@ def convert(
 ) -> ModelConfig:
     """Writes the checkpoint folder `dst`, whole or not at all, and returns the model's shape.
 
-    dtype: of the weights on disk; default is the source's (GGUF: float32). force: replace what is at `dst`.
-    Raises FileNotFoundError, FileExistsError or ValueError naming the file, the weight or the config entry.
+    dtype: of the weights on disk; default is the source's (GGUF: float32). force: replace a checkpoint that
+    is at `dst`; anything else there but an empty folder is left alone. Raises FileNotFoundError,
+    FileExistsError or ValueError naming the file, the weight or the config entry.
     Megatron's writer starts a process: call this under `if __name__ == "__main__"` or from a module.
     """
     target = Path(dst)
-    _check_target(target, force)
+    _check_target(Path(src), target, force)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
     source = open_source(Path(src))
     check_weights(source)
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    target.resolve().parent.mkdir(parents=True, exist_ok=True)
     chosen = dtype or source.dtype
     with _alone() as pg_collection:
         gpt = build_gpt(source.model, pg_collection, _NoAttention, getattr(torch, chosen))
@@ -68,9 +70,13 @@ def open_source(src: Path) -> Source:
     )
 
 
-def _check_target(target: Path, force: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target} is a file; give a folder to write the checkpoint to")
+def _check_target(src: Path, target: Path, force: bool) -> None:
+    source, place = src.resolve(), target.resolve()
+    if source == place or place in source.parents or source in place.parents:
+        raise ValueError(
+            f"SRC {src} and DST {target} are the same or one lies inside the other; give a DST outside SRC"
+        )
+    check_replaceable(target)
     if target.is_dir() and any(target.iterdir()) and not force:
         raise FileExistsError(f"{target} is not empty; give another folder, or --force to replace it")
 

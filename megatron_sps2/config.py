@@ -5,6 +5,7 @@ Plain data and its checks. Knows no torch, no process group, no file format.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -162,11 +163,11 @@ class SamplingParams:
         _require_positive(self, "max_tokens")
         checks = {
             "min_tokens": (0 <= self.min_tokens <= self.max_tokens, f"between 0 and {self.max_tokens}"),
-            "temperature": (self.temperature >= 0, "0 (greedy) or above"),
+            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or above, and finite"),
             "top_k": (self.top_k >= 0, "0 (all tokens) or above"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0; 1 is off"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 and finite; 1 is off"),
             "logprobs": (self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
         }
         for name, (holds, rule) in checks.items():

@@ -156,24 +156,59 @@ def test_a_folder_without_safetensors_is_named(folder: Path, tmp_path: Path) -> 
 
 
 def test_a_source_that_is_nothing_known_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         convert(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(ValueError, match="neither a .gguf file nor a folder with config.json"):
-        convert(tmp_path, tmp_path / "out")
+        convert(tmp_path / "empty", tmp_path / "out")
     with pytest.raises(ValueError, match="dtype='int8' is not known"):
-        convert(tmp_path, tmp_path / "out", dtype="int8")  # type: ignore[arg-type]
+        convert(tmp_path / "empty", tmp_path / "out", dtype="int8")  # type: ignore[arg-type]
 
 
-def test_a_folder_in_use_is_replaced_only_by_force(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious.txt").write_text("mine")
+def test_a_checkpoint_is_replaced_only_by_force(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()  # an empty folder needs no force
+    convert(folder, tmp_path / "out")
+    (tmp_path / "out" / "old.txt").touch()
     with pytest.raises(FileExistsError, match="out is not empty.*--force"):
         convert(folder, tmp_path / "out")
-    assert (tmp_path / "out" / "precious.txt").exists()
-    convert(folder, tmp_path / "out", force=True)
-    assert read_manifest(tmp_path / "out").model.num_query_groups == 2
-    assert not (tmp_path / "out" / "precious.txt").exists()
+    assert (tmp_path / "out" / "old.txt").exists()
+    convert(folder, tmp_path / "out", force=True, dtype="bfloat16")
+    assert read_manifest(tmp_path / "out").dtype == "bfloat16"
+    assert not (tmp_path / "out" / "old.txt").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_of_other_things_is_never_replaced(folder: Path, tmp_path: Path, force: bool) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="mine is not empty and has no sps2_model.json.*never replaced"):
+        convert(folder, tmp_path / "mine", force=force)
+    with pytest.raises(FileExistsError, match="precious.txt is a file"):
+        convert(folder, tmp_path / "mine" / "precious.txt", force=force)
+    assert (tmp_path / "mine" / "precious.txt").read_text() == "mine"
+
+
+def test_source_and_target_must_lie_apart(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    # A manifest makes the folders replaceable: only their place protects them.
+    for place in (folder, tmp_path):
+        (place / "sps2_model.json").touch()
+    before = sorted(tmp_path.rglob("*"))
+    targets = (
+        folder,
+        folder / "new",
+        tmp_path,
+        folder / ".." / "hf",
+        tmp_path / "link",
+        tmp_path / "link" / "new",
+    )
+    for target in targets:
+        with pytest.raises(ValueError, match="one lies inside the other; give a DST outside SRC"):
+            convert(folder, target, force=True)
+    with pytest.raises(ValueError, match="give a DST outside SRC"):
+        convert(folder / "model.safetensors", folder, force=True)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_failed_conversion_leaves_the_old_checkpoint(

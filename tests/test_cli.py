@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,17 @@ from megatron_sps2.config import ParallelConfig
 from megatron_sps2.engine.build import EngineConfig, build_engine
 from megatron_sps2.engine.tokenizer import load_tokenizer
 from tests.ranks import run_ranks
-from tests.sps2_command import TIMEOUT_S, answer, environ, make_checkpoint, sps2, words, write_ids
+from tests.sps2_command import (
+    SPS2,
+    TEMPLATE,
+    TIMEOUT_S,
+    answer,
+    environ,
+    make_checkpoint,
+    sps2,
+    words,
+    write_ids,
+)
 
 PROMPT = words(range(5, 25))
 
@@ -167,7 +178,48 @@ def test_an_answer_ends_at_a_stop_token(checkpoint: Path, sampled: dict[str, Any
     assert found["token_ids"] == sampled["token_ids"][: sampled["token_ids"].index(third) + 1]
 
 
+def test_a_stop_string_that_the_last_token_completes_is_why_the_answer_ended(
+    checkpoint: Path, sampled: dict[str, Any]
+) -> None:
+    fifth = f" w{sampled['token_ids'][4]}"
+    flags = (*sampling(checkpoint), "--prompt", PROMPT, "--stop", fifth)
+    found = answer(*flags, "--max-tokens", 5)
+    assert (found["finish_reason"], len(found["token_ids"])) == ("stop", 5)
+    # Control: one token earlier there is no stop string yet.
+    assert answer(*flags, "--max-tokens", 4)["finish_reason"] == "length"
+
+
 # A conversation.
+
+
+def test_a_turn_that_cannot_be_encoded_is_refused_and_the_chat_goes_on(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    strict = shutil.copytree(checkpoint, tmp_path / "strict")
+    refusal = "{% if 'w13' in messages[-1].content %}{{ raise_exception('no w13') }}{% endif %}"
+    (strict / "chat_template.jinja").write_text(refusal + TEMPLATE)
+    done = sps2("chat", "--checkpoint", strict, "--max-tokens", 3, stdin="w7 w13\nw8\n")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1
+    assert done.stderr == "sps2: the chat template refuses these messages: no w13\n"
+
+
+def test_a_template_that_takes_no_system_message_is_refused_before_the_first_turn(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    strict = shutil.copytree(checkpoint, tmp_path / "strict")
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (strict / "chat_template.jinja").write_text(refusal + TEMPLATE)
+    done = sps2("chat", "--checkpoint", strict, "--sp", 2, "--system", "w9", stdin="w7\n")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "sps2: error: the chat template refuses these messages: no system\n"
+
+
+def test_input_that_is_no_text_ends_a_chat_of_two_ranks(checkpoint: Path) -> None:
+    command = (*SPS2, "chat", "--checkpoint", str(checkpoint), "--sp", "2")
+    done = subprocess.run(
+        command, input=b"\xff\xfe\n", capture_output=True, timeout=TIMEOUT_S, env=environ(PYTHONUTF8="1")
+    )
+    assert done.returncode == 1 and b"stdin cannot be read as text" in done.stderr
 
 
 def test_a_second_turn_prefills_only_new_tokens_and_answers_as_a_fresh_run(
@@ -264,6 +316,16 @@ def test_doctor_says_the_memory_that_an_engine_takes(
     assert kept == [(said["weights_bytes"], said["kv_bytes"])] * sp_size * tp_size
 
 
+def test_doctor_names_the_backend_of_the_device_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "one")
+    for device, backend in (("cpu", "gloo"), ("auto", "nccl")):
+        assert main(["doctor", "--device", device, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["machine"]["backend"] == backend
+
+
 def test_doctor_runs_without_a_checkpoint_and_refuses_ranks_that_do_not_fit(checkpoint: Path) -> None:
     done = sps2("doctor")
     assert done.returncode == 0 and "threads per rank" in done.stdout and done.stderr == ""
@@ -271,11 +333,19 @@ def test_doctor_runs_without_a_checkpoint_and_refuses_ranks_that_do_not_fit(chec
     assert refused.returncode == 2 and "use --tp 1 or 3" in refused.stderr
 
 
+def empty_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [
         (lambda folder: (folder / "none", folder / "new"), "does not exist"),
-        (lambda folder: (folder, folder / "new"), "neither a .gguf file nor a folder with config.json"),
+        (
+            lambda folder: (empty_folder(folder / "old"), folder / "new"),
+            "neither a .gguf file nor a folder with config.json",
+        ),
         (lambda folder: (write_ids(folder / "a.gguf", [1]), folder / "new"), "a.gguf"),
     ],
 )
@@ -287,13 +357,18 @@ def test_convert_refuses_what_it_cannot_read(tmp_path: Path, make: Any, complain
     assert not (tmp_path / "new").exists()
 
 
-def test_convert_replaces_a_checkpoint_only_when_told_to(checkpoint: Path, tmp_path: Path) -> None:
-    source, target = checkpoint.parent / "hf", tmp_path / "target"
-    target.mkdir()
-    (target / "mine.txt").touch()
+def test_convert_replaces_a_checkpoint_only_when_told_to_and_nothing_else_ever(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    source, target, mine = checkpoint.parent / "hf", tmp_path / "target", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "letter.txt").write_text("dear")
+    never = sps2("convert", source, mine, "--force")
+    assert never.returncode == 2 and "never replaced; give another folder" in never.stderr
+    assert [path.name for path in mine.iterdir()] == ["letter.txt"]
+    shutil.copytree(checkpoint, target)
     refused = sps2("convert", source, target)
     assert refused.returncode == 2 and "--force" in refused.stderr
-    assert (target / "mine.txt").exists()
     done = sps2("convert", source, target, "--force", "--dtype", "bfloat16")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{target}: 6 layers, hidden 72, vocabulary 251\n"

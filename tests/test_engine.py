@@ -114,12 +114,12 @@ def stop_midway(engine: Engine) -> list[int]:
     """A request ended between two layers of its prefill, one while it waited, one while it ran."""
     first, second, third, fourth = (engine.add_request(ids, GREEDY) for ids in PROMPTS[:4])
     engine.step()
-    engine.finish(first, FinishReason.ABORT)
-    engine.finish(third, FinishReason.ABORT)
+    engine.abort(first)
+    engine.abort(third)
     while not second.output:
         engine.step()
     engine.finish(second)
-    finish_all(engine, [first, second, third, fourth])
+    finish_all(engine, [second, fourth])
     assert (first.finish_reason, second.finish_reason) == (FinishReason.ABORT, FinishReason.STOP)
     return fourth.output_ids
 
@@ -317,20 +317,26 @@ def run_poisoned(config: EngineConfig, token_id: int) -> dict[str, Any]:
     found["after"] = ask(engine, PROMPTS[1:], GREEDY)
     found["too long"] = refusal(lambda: engine.add_request([1] * 503, GREEDY))
     found["too large"] = refusal(lambda: engine.add_request([1] * 490, GREEDY))
-    found["unfinished"] = continue_unfinished(engine)
+    found["wrongly"] = continue_wrongly(engine)
     found["full"] = keep_until_full(engine)
     engine.stop()
     return found
 
 
-def continue_unfinished(engine: Engine) -> str:
-    """A request that was ended inside its prefill has a cache whose later layers were never written."""
-    request = engine.add_request(PROMPTS[2], GREEDY)
+def continue_wrongly(engine: Engine) -> list[str]:
+    """Answers that cannot be continued: ended by hand, with another first token, already released."""
+    first, second = (engine.add_request(PROMPTS[2], GREEDY) for _ in range(2))
     engine.step()
-    engine.finish(request, FinishReason.ABORT)
-    complaint = refusal(lambda: engine.continue_request(request, [1, 2], GREEDY))
-    engine.release(request)
-    return complaint
+    engine.finish(first, FinishReason.ABORT)
+    said = [refusal(lambda: engine.continue_request(first, [1, 2], GREEDY))]
+    finish_all(engine, [first])
+    while second.finish_reason is None:
+        engine.step()
+    wrong = (second.output_ids[-1] + 1) % VOCAB_SIZE
+    said.append(refusal(lambda: engine.continue_request(second, [wrong, 2], GREEDY)))
+    engine.release(second)
+    said.append(refusal(lambda: engine.continue_request(second, [second.output_ids[-1], 2], GREEDY)))
+    return said
 
 
 def keep_until_full(engine: Engine) -> tuple[str, list[int]]:
@@ -368,7 +374,8 @@ def test_poisoned_logits_end_their_own_request_only_and_a_small_cache_refuses(
     assert found["too large"].startswith(
         f"the request may grow to {num_blocks} KV blocks of 8 tokens on an sp"
     )
-    assert "only a finished answer can be continued" in found["unfinished"]
+    rules = "only a finished answer can be continued", "must begin with the newest token", "it was released"
+    assert all(rule in said for rule, said in zip(rules, found["wrongly"], strict=True))
     assert "release one of" in found["full"][0] and found["full"][1] == reference.tokens[2][:1]
 
 

@@ -11,16 +11,13 @@ from checkpoints_tools.convert import convert
 from megatron_sps2.config import AttentionConfig, ParallelConfig, SamplingParams
 from megatron_sps2.engine.build import EngineConfig, build_engine
 from megatron_sps2.model.manifest import load_model_config
+from megatron_sps2.model.spec import padded_vocab_size
 from megatron_sps2.parallel.ledger import Ledger
-from megatron_sps2.parallel.traffic import Traffic
+from megatron_sps2.parallel.traffic import DECODE_COLLECTIVES, PREFILL_COLLECTIVES, Traffic
 from tests.ranks import run_ranks
 from tests.tiny_llama import prompt, save_hf_llama
 
 NUM_DECODED = 6
-PREFILL = (
-    *("seq_to_heads_k", "seq_to_heads_q", "seq_to_heads_v", "heads_to_seq"),
-    *("exchange_k", "exchange_v", "gather_queries", "return_partials"),
-)
 Strategy = Literal["ulysses", "pass_kv", "pass_q"]
 
 
@@ -68,10 +65,13 @@ def test_bytes_of_a_run_equal_the_formulas(
         return sum(ledger.total(phase, *collectives) for ledger in ledgers)
 
     prefill = getattr(traffic, strategy)(num_tokens)
-    assert sent("prefill", *PREFILL) == pytest.approx(ranks * prefill)
-    assert sent("decode", "gather_queries", "return_partials") == pytest.approx(
-        ranks * NUM_DECODED * traffic.decode(1)
-    )
+    assert sent("prefill", *PREFILL_COLLECTIVES) == pytest.approx(ranks * prefill)
+    assert sent("decode", *DECODE_COLLECTIVES) == pytest.approx(ranks * NUM_DECODED * traffic.decode(1))
+    embedded = traffic.tp_all_reduce(num_tokens) / 2  # one all-reduce, not a layer's two
+    assert sent("prefill", "tp_embedding") == pytest.approx(parallel.world_size * embedded, rel=1e-3)
+    # Each of a replica's answers is one row of logits, sharded over tp on its home rank.
+    row = 4 * padded_vocab_size(model.vocab_size, tp_size) // tp_size * (tp_size - 1) * tp_size
+    assert sent("prefill", "gather_vocab") == row and sent("decode", "gather_vocab") == NUM_DECODED * row
     # One request's tokens have their home where their KV is kept: nothing moves.
     assert sent("decode", "move_new_kv") == 0
     assert sent("prefill", "tp_all_reduce") == pytest.approx(ranks * traffic.tp_all_reduce(num_tokens))

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.planted_error import PLANTED
 from tests.sps2_command import MAX_SEQ_LEN, ROOT, SPS2, environ, make_checkpoint, sps2, words, write_ids
 
 # From a mistake or a death to the end of the run.
@@ -53,6 +54,9 @@ def assert_refused(done: subprocess.CompletedProcess[str], *complaints: str) -> 
         (("--sp", "2", "--max-model-len", "99999"), ("99999", f"1..{MAX_SEQ_LEN}")),
         (("--temperature", "-1"), ("temperature=-1.0 must be 0 (greedy) or above",)),
         (("--timeout-s", "0"), ("--timeout-s 0.0",)),
+        (("--strategy", "ulysses", "--sp", "10"), ("sp_size=10", "9")),
+        (("--strategy", "ulysses", "--sp", "4", "--tp", "3"), ("sp_size=4", "3")),
+        (("--chat",), ("--chat wraps a text", "use one of them")),
     ],
 )
 def test_flags_that_do_not_fit_are_refused_before_a_rank_starts(
@@ -68,6 +72,11 @@ def test_an_empty_prompt_is_refused_by_one_line_of_two_ranks(checkpoint: Path, t
     empty = write_ids(tmp_path / "ids.json", [])
     done = sps2("generate", "--checkpoint", checkpoint, "--sp", 2, "--prompt-ids", empty, "--json")
     assert_refused(done, "the prompt is empty (0 tokens); give at least one token")
+
+
+def test_a_prompt_file_without_a_name_is_refused(checkpoint: Path) -> None:
+    done = sps2("generate", "--checkpoint", checkpoint, "--prompt-file", "", stdin="w5 w6")
+    assert_refused(done, "file is empty", "- for stdin")
 
 
 def test_a_prompt_longer_than_the_model_allows_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -170,14 +179,52 @@ def test_a_rank_killed_before_the_rendezvous_ends_the_run(checkpoint: Path, ids:
     assert out == "" and f"sps2: rank 1 (pid {victim.pid}) was killed by SIGKILL" in err
 
 
-def test_a_rank_killed_in_mid_prefill_ends_the_run(checkpoint: Path, tmp_path: Path) -> None:
-    long = write_ids(tmp_path / "ids.json", [5 + i % 200 for i in range(MAX_SEQ_LEN - 8)])
-    flags = ("--sp", 2, "--prompt-ids", long, "--max-tokens", 8, "--log-level", "info")
-    run = start(*SPS2, "generate", "--checkpoint", checkpoint, *flags)
-    ranks = await_ranks(run)
-    assert run.stderr is not None
-    while "prefill: layer 1 of 6" not in (line := run.stderr.readline()):
+def long_prompt(checkpoint: Path, folder: Path) -> tuple[object, ...]:
+    """A run whose prefill takes seconds."""
+    ids = write_ids(folder / "ids.json", [5 + i % 200 for i in range(MAX_SEQ_LEN - 8)])
+    flags = ("--sp", 2, "--prompt-ids", ids, "--max-tokens", 8, "--log-level", "info")
+    return ("generate", "--checkpoint", checkpoint, *flags)
+
+
+def await_prefill(process: subprocess.Popen[str]) -> None:
+    assert process.stderr is not None
+    while "prefill: layer 1 of 6" not in (line := process.stderr.readline()):
         assert line, "the run ended before its prefill"
+
+
+def test_a_rank_that_falls_silent_in_mid_prefill_ends_the_run(checkpoint: Path, tmp_path: Path) -> None:
+    """Stopped, not dead: its connections stay open, so that only the time limit can tell."""
+    run = start(*SPS2, *long_prompt(checkpoint, tmp_path), "--timeout-s", 5)
+    family = await_ranks(run)
+    await_prefill(run)
+    family[1].send_signal(signal.SIGSTOP)
+    out, err = run.communicate(timeout=NOTICE_S)
+    assert (run.returncode, out) == (1, "") and "prefill: layer 5 of 6" not in err
+    assert "[rank 0 of 2]" in err and f"sps2: rank 0 (pid {family[0].pid}) exited with code 1" in err
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_mistake_inside_a_step_of_one_rank_is_printed_and_ends_the_run(
+    checkpoint: Path, ids: Path, rank: int
+) -> None:
+    """A ValueError, which before a step would be the user's, found by all ranks alike."""
+    code = "from tests.planted_error import main; main()"
+    flags = ("--checkpoint", checkpoint, "--sp", 2, "--prompt-ids", ids)
+    run = start(sys.executable, "-c", code, "generate", *flags, PLANTED_RANK=str(rank))
+    family = await_ranks(run)
+    # The wait includes the start; with ranks waiting for each other it would be the 300 s of a collective.
+    out, err = run.communicate(timeout=START_S)
+    assert (run.returncode, out) == (1, ""), err
+    assert f"sps2: error: [rank {rank} of 2] {PLANTED}\n" in err
+    assert f"sps2: rank {rank} (pid {family[rank].pid}) exited with code 1" in err
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
+def test_a_rank_killed_in_mid_prefill_ends_the_run(checkpoint: Path, tmp_path: Path) -> None:
+    run = start(*SPS2, *long_prompt(checkpoint, tmp_path))
+    ranks = await_ranks(run)
+    await_prefill(run)
     out, err = kill_and_wait(run, ranks[1])
     assert out == "" and "prefill: layer 5 of 6" not in err  # five more layers take seconds
     assert f"sps2: rank 1 (pid {ranks[1].pid}) was killed by SIGKILL" in err

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from checkpoints_tools.convert import convert
 from megatron_sps2.config import ModelConfig, ParallelConfig
@@ -70,6 +71,38 @@ def test_the_manifest_tells_model_dtype_and_sizes(original: Path) -> None:
     )
     assert manifest.files.keys() >= {"release/.metadata", "release/common.pt"}
     assert (original / "latest_checkpointed_iteration.txt").read_text().strip() == "release"
+
+
+def test_equal_weights_have_one_id_and_others_another(original: Path, tmp_path: Path) -> None:
+    """Control: the same shape with one number changed by one rounding step."""
+    mine = read_manifest(original).content_id
+    assert len(mine) == 64
+    source = Path(shutil.copytree(original.parent / "hf", tmp_path / "hf"))
+    convert(source, tmp_path / "again")
+    assert read_manifest(tmp_path / "again").content_id == mine
+    weights = load_file(source / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nextafter(weights["model.norm.weight"][3], torch.tensor(9.0))
+    save_file(weights, source / "model.safetensors")
+    convert(source, tmp_path / "other")
+    assert read_manifest(tmp_path / "other").model == read_manifest(original).model
+    assert read_manifest(tmp_path / "other").content_id not in (mine, "")
+
+
+def test_a_checkpoint_written_before_there_were_ids_loads(original: Path, checkpoint: Path) -> None:
+    path = checkpoint / MANIFEST_NAME
+    content = json.loads(path.read_text())
+    del content["content_id"]
+    path.write_text(json.dumps(content))
+    assert read_manifest(checkpoint).content_id == ""
+    (found,), (expected,) = run_ranks(1, _logits, checkpoint), run_ranks(1, _logits, original)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_saving_over_a_folder_of_other_things_is_refused_on_all_ranks(original: Path, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").touch()
+    with pytest.raises(RankFailed, match="OSError: .*never replaced"):
+        run_ranks(2, _save_again, original, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

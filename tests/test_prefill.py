@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -88,6 +90,31 @@ def test_strategy_matches_unsharded_attention_and_its_pipeline_changes_no_bit(
 @pytest.mark.parametrize("sp_size", [1, 2, 3])
 def test_pass_q_prefills_onto_a_cached_context(sp_size: int) -> None:
     assert max(run_ranks(sp_size, prefill_error, "pass_q", 6, 2, [1, 5, 40], 71)) < TOLERANCE
+
+
+def test_control_without_exchange_a_cached_context_is_missed() -> None:
+    assert max(run_ranks(2, prefill_error, "pass_q", 6, 2, [40], 71, True)) > 100 * TOLERANCE
+
+
+def pipeline_changes_a_bit(num_tokens: int, n: int, n_kv: int) -> list[str]:
+    """On a rank: strategies and dtypes whose pipelined result is not bit for bit the unpipelined one."""
+    parallel = ParallelConfig(sp_size=torch.distributed.get_world_size())
+    axis, found = ParallelGroups.create(parallel).sp, []
+    for strategy, dtype in itertools.product(STRATEGIES, (torch.float32, torch.bfloat16)):
+        layout = LAYOUTS[strategy](num_tokens, axis.size)
+        mine = [held(x, layout, axis.rank) for x in whole_qkv(num_tokens, n, n_kv, dtype)]
+        shapes = [
+            PrefillShape(layout=layout, wire=Wire(axis, Ledger()), scale=SCALE, overlap=overlap)
+            for overlap in (True, False)
+        ]
+        if not torch.equal(*(STRATEGIES[strategy](*mine, shape) for shape in shapes)):
+            found.append(f"{strategy} {dtype}")
+    return found
+
+
+def test_the_pipeline_changes_no_bit_over_several_tiles_of_keys() -> None:
+    """4,097 tokens: the engine pipelines from 1,024 on, and attention cuts keys into tiles of 2,048."""
+    assert run_ranks(2, pipeline_changes_a_bit, 4097, 9, 3) == [[], []]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -22,6 +22,7 @@ MODEL = ModelConfig(
     max_seq_len=32,
     eos_token_ids=(EOS,),
 )
+EVERY_ID_BUT_EOS = tuple(i for i in range(50) if i != EOS)
 
 
 def make(num_prompt: int = 3, num_past: int = 0, **params: Any) -> Request:
@@ -81,6 +82,11 @@ def test_lengths_count_past_prompt_and_answer() -> None:
         (make(51), 32, "token id 50 at position 50 is unknown; use integers from 0 to 49"),
         (make(stop_token_ids=(3, 50)), 32, "token id 50 at position 1"),
         (
+            make(max_tokens=9, min_tokens=1, stop_token_ids=EVERY_ID_BUT_EOS),
+            32,
+            "^min_tokens=1 forbids eos and stop_token_ids, together all 50 tokens .*; use min_tokens=0 or",
+        ),
+        (
             make(23, max_tokens=10),
             64,
             r"prompt of 23 tokens \+ max_tokens=10 = 33 exceeds 32 \(max_seq_len of the model\); shorten",
@@ -97,3 +103,13 @@ def test_what_cannot_be_served_is_refused(request_: Request, max_model_len: int,
 def test_a_prompt_that_just_fits_is_taken() -> None:
     check_request(make(22, max_tokens=10), MODEL, 64)
     check_request(make(10, max_tokens=10), MODEL, 20)
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "stop_token_ids"),
+    [(0, EVERY_ID_BUT_EOS), (1, EVERY_ID_BUT_EOS[1:]), (1, (3,) * 100)],
+)
+def test_min_tokens_needs_one_id_that_does_not_end_the_answer(
+    min_tokens: int, stop_token_ids: tuple[int, ...]
+) -> None:
+    check_request(make(max_tokens=9, min_tokens=min_tokens, stop_token_ids=stop_token_ids), MODEL, 32)

@@ -119,16 +119,6 @@ def test_a_piece_may_hold_several_layers_and_the_last_one_what_is_left() -> None
     assert first and first.prompt and second and second.prompt is None
 
 
-def test_progress_counts_layers_of_the_prompt_that_is_being_prefilled() -> None:
-    desk = Desk(layers_per_piece=3)
-    assert desk.scheduler.prefill_progress is None
-    desk.add(0, 3, 1)
-    desk.step()
-    assert desk.scheduler.prefill_progress == (3, NUM_LAYERS)
-    desk.step()
-    assert desk.scheduler.prefill_progress is None
-
-
 def test_first_come_first_served_and_never_more_than_max_num_seqs() -> None:
     desk = Desk(num_blocks=100, max_num_seqs=3)
     for i in range(8):

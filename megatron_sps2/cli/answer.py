@@ -17,10 +17,14 @@ from megatron_sps2.engine.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 
+class NoAnswerError(RuntimeError):
+    """The model's logits could not be sampled. No rank is inside a step: the engine can be stopped."""
+
+
 def stream_answer(engine: Engine, request: Request, tokenizer: Tokenizer | None, *, show: bool) -> str:
     """Steps until `request` is finished -> its text, cut before a stop string; '' without a tokenizer.
 
-    `show`: the text goes to stdout as it comes and a progress bar to stderr. Raises RuntimeError when the
+    `show`: the text goes to stdout as it comes and a progress bar to stderr. Raises NoAnswerError when the
     model's logits could not be sampled.
     """
     detokenizer = (
@@ -43,11 +47,13 @@ def stream_answer(engine: Engine, request: Request, tokenizer: Tokenizer | None,
                 if detokenizer and detokenizer.finished:
                     engine.finish(request)
     if request.finish_reason is FinishReason.ERROR:
-        raise RuntimeError(
+        raise NoAnswerError(
             f"the model's logits after {len(request.output)} tokens are not numbers; check the checkpoint "
             "and --dtype"
         )
     rest = detokenizer.flush() if detokenizer else ""
+    if detokenizer and detokenizer.finished:
+        request.finish_reason = FinishReason.STOP  # even where the stop string came with the last token
     if show:
         print(rest, flush=True)
     return text + rest

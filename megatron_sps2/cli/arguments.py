@@ -54,7 +54,7 @@ def add_convert(commands: Commands, name: str) -> None:
     )
     parser.add_argument("target", metavar="DST", help="the checkpoint folder to write")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype to store (default: the source's)")
-    parser.add_argument("--force", action="store_true", help="replace DST if it exists")
+    parser.add_argument("--force", action="store_true", help="replace the checkpoint that is at DST")
     _finish(parser)
 
 
@@ -177,7 +177,8 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "--pipeline",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="overlap the exchange of a head chunk with the attention of another; same result (default: on)",
+        help="from 1,024 tokens on, overlap the exchange of a head chunk with the attention of another; same "
+        "result (default: on)",
     )
     group.add_argument(
         "--timeout-s",
@@ -212,7 +213,12 @@ def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
         "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: say less again; 1 is off"
     )
     group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="same seed, same tokens, at any --sp and --tp"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="same tokens at any --tp and --sp in float32; in bfloat16 rounding differs a little between "
+        "layouts",
     )
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"

@@ -23,7 +23,7 @@ PACKAGES = ("megatron_sps2", "torch", "megatron-core", "deepspeed", "mpi4py", "t
 
 def run(args: argparse.Namespace) -> int:
     parallel = parallel_config(args)
-    found = {"installed": _installed(), "machine": _machine(), "ranks": _ranks(parallel)}
+    found = {"installed": _installed(), "machine": _machine(args.device), "ranks": _ranks(parallel)}
     if args.checkpoint:
         found["memory per rank"] = memory_per_rank(args, load_model_config(args.checkpoint))
     if args.json:
@@ -101,14 +101,14 @@ def _has_fused_norm() -> bool:
     return True
 
 
-def _machine() -> dict[str, Any]:
+def _machine(device: str) -> dict[str, Any]:
     import torch
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cuda_devices": devices,
-        "backend": "nccl" if devices else "gloo",
+        "backend": "nccl" if devices and device != "cpu" else "gloo",
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
 

@@ -9,26 +9,46 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sps2.cli.arguments import attention_config, check_size_flags, parallel_config, sampling_params
+from megatron_sps2.cli.process import speaks_for_all
 from megatron_sps2.cli.world import in_world
 from megatron_sps2.model.manifest import load_model_config
 
 if TYPE_CHECKING:
+    from megatron_sps2.cli.report import Report
     from megatron_sps2.engine.build import EngineConfig
     from megatron_sps2.engine.engine import Engine
+    from megatron_sps2.engine.request import Request
     from megatron_sps2.engine.tokenizer import Tokenizer
 
 STDIN = "-"
 
 
 def run(args: argparse.Namespace) -> int:
-    return in_world(args, _generate, check_flags)
+    return in_world(args, _generate, _check)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.chat and args.prompt_ids is not None:
+        raise ValueError(
+            "--chat wraps a text, --prompt-ids gives tokens as they are; use one of them, or --prompt-file"
+        )
+    check_flags(args)
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises ValueError or OSError for everything that can be wrong before a prompt is read."""
-    check_size_flags(args, load_model_config(args.checkpoint))
+    from megatron_sps2.attention.strategy import choose_strategy
+
+    model = load_model_config(args.checkpoint)
+    check_size_flags(args, model)
     sampling_params(args)
-    attention_config(args)
+    choose_strategy(
+        attention_config(args).strategy,
+        num_heads=model.num_attention_heads // args.tp,
+        num_kv_heads=model.num_query_groups // args.tp,
+        sp_size=args.sp,
+        num_past=0,
+    )
     if not 0 < args.timeout_s < float("inf"):
         raise ValueError(f"--timeout-s {args.timeout_s} must be a number of seconds above 0")
 
@@ -55,15 +75,18 @@ def _generate(args: argparse.Namespace) -> int:
     from megatron_sps2.engine.build import build_engine
     from megatron_sps2.parallel.collectives import from_first_rank
 
-    prompt_ids, longest = from_first_rank(lambda: _measure(args, read_prompt(args)))
+    tokenizer: Tokenizer | None = None
+
+    def prepare() -> tuple[list[int], int]:
+        nonlocal tokenizer  # rank 0's alone
+        prompt = read_prompt(args)
+        tokenizer = _load_tokenizer(args)
+        return _measure(args, _encode(args, prompt, tokenizer))
+
+    prompt_ids, longest = from_first_rank(prepare)
     engine = build_engine(engine_config(args, longest))
     if engine.is_leader:
-        try:
-            return _lead(args, engine, prompt_ids)
-        except ValueError:
-            engine.stop()  # The prompt was refused; no rank is inside a step.
-            engine.gather(None)
-            raise
+        return _lead(args, engine, prompt_ids, tokenizer)
     engine.follow()
     engine.gather(engine.ledger)
     return 0
@@ -75,19 +98,31 @@ def _measure(args: argparse.Namespace, prompt_ids: list[int]) -> tuple[list[int]
     return prompt_ids, args.max_model_len or min(needed, load_model_config(args.checkpoint).max_seq_len)
 
 
-def read_prompt(args: argparse.Namespace) -> list[int]:
-    """Token ids of the prompt the flags name. Raises ValueError or OSError naming what is wrong with it."""
+def read_prompt(args: argparse.Namespace) -> str | list[int]:
+    """The prompt the flags name, text or ids. Raises ValueError or OSError naming what is wrong with it."""
     if args.prompt_ids is not None:
         return _read_ids(args.prompt_ids)
-    inline = args.prompt is not None and args.prompt != STDIN
-    text = args.prompt if inline else _read_text(args.prompt_file or STDIN)
+    if args.prompt is not None and args.prompt != STDIN:
+        text: str = args.prompt
+    else:
+        text = _read_text(STDIN if args.prompt_file is None else args.prompt_file)
     if not text:
         raise ValueError("the prompt is empty (0 tokens); give at least one token")
-    tokenizer = _load_tokenizer(args)
-    return tokenizer.encode_chat([{"role": "user", "content": text}]) if args.chat else tokenizer.encode(text)
+    return text
+
+
+def _encode(args: argparse.Namespace, prompt: str | list[int], tokenizer: Tokenizer | None) -> list[int]:
+    if isinstance(prompt, list):
+        return prompt
+    assert tokenizer is not None, "text needs a tokenizer, which was loaded"
+    if args.chat:
+        return tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    return tokenizer.encode(prompt)
 
 
 def _read_text(path: str) -> str:
+    if not path:
+        raise ValueError("the name of the prompt's file is empty; give a path, or - for stdin")
     content = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
     try:
         return content.decode()
@@ -107,25 +142,55 @@ def _read_ids(path: str) -> list[int]:
     return ids
 
 
-def _load_tokenizer(args: argparse.Namespace) -> Tokenizer:
-    from megatron_sps2.engine.tokenizer import load_tokenizer
+def _load_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
+    """None for a model without tokenizer files, which can still be run on ids; its answer has no text."""
+    from megatron_sps2.engine.tokenizer import TOKENIZER_FILE, load_tokenizer
 
+    if args.prompt_ids is not None and not (Path(args.checkpoint) / TOKENIZER_FILE).is_file():
+        return None
     return load_tokenizer(args.checkpoint)
 
 
-def _lead(args: argparse.Namespace, engine: Engine, prompt_ids: list[int]) -> int:
-    from megatron_sps2.cli.answer import stream_answer
-    from megatron_sps2.cli.report import Report, print_table
+def _lead(
+    args: argparse.Namespace, engine: Engine, prompt_ids: list[int], tokenizer: Tokenizer | None
+) -> int:
+    from megatron_sps2.cli.answer import NoAnswerError, stream_answer
+    from megatron_sps2.cli.report import print_table
 
-    # A model without tokenizer files can still be run on ids; its answer has no text.
-    has_text = args.prompt_ids is None or (Path(args.checkpoint) / "tokenizer.json").is_file()
-    tokenizer = _load_tokenizer(args) if has_text else None
-    request = engine.add_request(prompt_ids, sampling_params(args))
-    text = stream_answer(engine, request, tokenizer, show=not args.json)
+    # Only what comes while no rank is inside a step may send the others home; from inside one they are
+    # waiting in another collective.
+    try:
+        request = engine.add_request(prompt_ids, sampling_params(args))
+    except ValueError as error:
+        _send_home(engine)
+        speaks_for_all(error)
+        raise
+    try:
+        text = stream_answer(engine, request, tokenizer, show=not args.json)
+    except NoAnswerError:
+        _send_home(engine)
+        raise
+    report = _finish(args, engine, request, text)
+    if args.json:
+        print(json.dumps(report.to_json()), flush=True)
+    elif args.report:
+        print_table(report)
+    return 0
+
+
+def _send_home(engine: Engine) -> None:
+    engine.stop()
+    engine.gather(None)
+
+
+def _finish(args: argparse.Namespace, engine: Engine, request: Request, text: str) -> Report:
+    """Ends all ranks' engines and gathers what they measured."""
+    from megatron_sps2.cli.report import Report
+
     kv_tokens = engine.blocks.tokens_per_rank(request.request_id)
     engine.release(request)
     engine.stop()
-    report = Report(
+    return Report(
         request=request,
         text=text,
         model=engine.model,
@@ -135,8 +200,3 @@ def _lead(args: argparse.Namespace, engine: Engine, prompt_ids: list[int]) -> in
         kv_tokens_per_rank=kv_tokens,
         ledgers=engine.gather(engine.ledger),
     )
-    if args.json:
-        print(json.dumps(report.to_json()), flush=True)
-    elif args.report:
-        print_table(report)
-    return 0

@@ -30,12 +30,20 @@ def set_logging(level: str) -> None:
     os.environ["PYTHONWARNINGS"] = ",".join(f"ignore::{kind.__name__}" for kind in LIBRARY_WARNINGS)
 
 
+def speaks_for_all(error: ValueError) -> None:
+    """Marks a user's mistake that one rank found after it has sent the others home: it alone reports it."""
+    error.shared_by_all_ranks = True  # type: ignore[attr-defined]
+
+
 def report(error: Exception) -> int:
-    """One line on stderr, with the traceback at --log-level debug; the exit code."""
+    """One line on stderr, with the traceback at --log-level debug; the exit code.
+
+    In a world that is up only an error that is marked `shared_by_all_ranks` is the user's, and rank 0 alone
+    prints it. Any other may have come on this rank only: it is printed here, and is a run that failed.
+    """
     logging.getLogger(__name__).debug("failed", exc_info=error)
-    is_users, place = _is_users(error), launched_rank()
-    is_shared = is_users and _world_is_up()
-    # Checks of a world that is up fail on all ranks alike: one line is enough.
+    place, is_shared = launched_rank(), getattr(error, "shared_by_all_ranks", False)
+    is_users = _is_users(error) and (is_shared or not _world_is_up())
     if place is None or place[0] == 0 or not is_shared:
         text = str(error) or type(error).__name__
         if not isinstance(error, (ValueError, OSError, RuntimeError)):

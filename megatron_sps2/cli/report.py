@@ -12,15 +12,9 @@ from rich.table import Table
 from megatron_sps2.config import ModelConfig, ParallelConfig
 from megatron_sps2.engine.request import Request
 from megatron_sps2.parallel.ledger import Ledger
-from megatron_sps2.parallel.traffic import Traffic
+from megatron_sps2.parallel.traffic import DECODE_COLLECTIVES, PREFILL_COLLECTIVES, Traffic
 
 ELEMENT_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-# What the strategies' formulas speak of; plans, samples and moved KV of new tokens are listed by themselves.
-PREFILL_COLLECTIVES = (
-    *("seq_to_heads_k", "seq_to_heads_q", "seq_to_heads_v", "heads_to_seq"),
-    *("exchange_k", "exchange_v", "gather_queries", "return_partials"),
-)
-DECODE_COLLECTIVES = ("gather_queries", "return_partials")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

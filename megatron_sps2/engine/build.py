@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_sps2.attention.core import SequenceParallelAttention, StepContext
 from megatron_sps2.attention.kv_cache import KVCache
@@ -23,9 +23,9 @@ from megatron_sps2.engine.scheduler import Scheduler
 from megatron_sps2.model.checkpoint import load_gpt
 from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.model.heap import keep_freed_memory
-from megatron_sps2.model.manifest import load_model_config
+from megatron_sps2.model.manifest import load_model_config, read_manifest
 from megatron_sps2.parallel.collectives import Wire, gather_objects
-from megatron_sps2.parallel.groups import ParallelGroups
+from megatron_sps2.parallel.groups import ParallelGroups, world_axis
 from megatron_sps2.parallel.ledger import Ledger
 from megatron_sps2.parallel.mailbox import open_mailbox
 
@@ -50,9 +50,9 @@ class EngineConfig:
     timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "block_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("max_model_len", "max_num_seqs", "block_size", "layers_per_piece"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
 
     def sized_cache(self) -> CacheConfig:
         """The cache as given, or one for max_num_seqs requests of max_model_len tokens over all shards."""
@@ -72,7 +72,7 @@ def build_engine(config: EngineConfig) -> Engine:
     compare_ranks(config)
     model = load_model_config(config.checkpoint)
     config.parallel.check_model(model)
-    groups = ParallelGroups.create(config.parallel)
+    groups = ParallelGroups.create(config.parallel, timeout=timedelta(seconds=config.timeout_s))
     context = StepContext()
     forward = load_gpt(
         config.checkpoint,
@@ -100,7 +100,7 @@ def assemble(
         dtype=getattr(torch, config.dtype),
         device=device,
     )
-    book_tp_traffic(forward, groups, ledger)
+    forward.book_traffic(ledger)
     mailbox = None
     if device.type == "cpu":
         gather = functools.partial(gather_objects, axis=groups.sp)
@@ -134,29 +134,13 @@ def assemble(
     )
 
 
-def book_tp_traffic(forward: GptForward, groups: ParallelGroups, ledger: Ledger) -> None:
-    """Books Megatron's own all-reduces, two a layer, as a ring sends them: 2 (T-1)/T of the hidden states."""
-    size = groups.tp.size
-    if size == 1:
-        return
-
-    def book(_: torch.nn.Module, __: Any, output: tuple[torch.Tensor, Any]) -> None:
-        reduced = output[0]
-        ledger.add("tp_all_reduce", round(2 * reduced.numel() * reduced.element_size() * (size - 1) / size))
-
-    for layer in forward.gpt.decoder.layers:
-        layer.self_attention.linear_proj.register_forward_hook(book)
-        layer.mlp.linear_fc2.register_forward_hook(book)
-
-
 def compare_ranks(config: EngineConfig) -> None:
     """Raises RuntimeError, on every rank, naming the first rank that differs from rank 0. Collective.
 
-    Compares every setting, the model's shape and the versions of torch, megatron-core and this package.
+    Compares every setting, the model's shape and weights, and the versions of what computes.
     """
     mine = _fingerprint(config)
-    everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, mine)
+    everybody = gather_objects(mine, world_axis())
     for rank, other in enumerate(everybody):
         for name, value in other.items():
             if value != everybody[0].get(name):
@@ -172,7 +156,8 @@ def _fingerprint(config: EngineConfig) -> dict[str, Any]:
         "checkpoint"
     ]  # A folder may be mounted elsewhere on another host; what counts is what it holds.
     try:
-        found["model"] = asdict(load_model_config(config.checkpoint))
+        manifest = read_manifest(config.checkpoint)
+        found["model"], found["weights"] = asdict(manifest.model), manifest.content_id
     except (ValueError, OSError) as error:
         found["checkpoint"] = str(error)
     for package in ("megatron_sps2", "torch", "megatron-core"):

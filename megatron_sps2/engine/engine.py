@@ -84,12 +84,22 @@ class Engine:
         The newest sampled token was never fed, so it is not cached: it must be the first of `prompt_ids`.
         Raises ValueError for a request whose cache is not that of a whole answer, and as add_request does.
         """
+        cached = sum(self.blocks.tokens_per_rank(request.request_id))
         if request.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH) or not request.output:
             raise ValueError(
                 f"request {request.request_id} ended by {request.finish_reason} after {len(request.output)} "
                 "tokens; only a finished answer can be continued, add the whole conversation as a new request"
             )
-        cached = sum(self.blocks.tokens_per_rank(request.request_id))
+        if cached != request.num_tokens - 1:
+            raise ValueError(
+                f"request {request.request_id} has {cached} tokens in the cache, not "
+                f"{request.num_tokens - 1}; it was released, add the whole conversation as a new request"
+            )
+        if list(prompt_ids[:1]) != request.output_ids[-1:]:
+            raise ValueError(
+                f"prompt_ids begin with {list(prompt_ids[:1])}; they must begin with the newest token, "
+                f"{request.output_ids[-1]}, which is not cached yet"
+            )
         turn = Request(
             request_id=request.request_id, prompt_ids=tuple(prompt_ids), params=params, num_past=cached
         )
@@ -122,6 +132,11 @@ class Engine:
         if request.finish_reason is None:
             request.finish_reason = reason
             self._scheduler.release(request, keep_cache=True)
+
+    def abort(self, request: Request) -> None:
+        """Ends a request wherever it is and gives back its blocks."""
+        self._requests.pop(request.request_id, None)
+        self._scheduler.abort(request.request_id)
 
     def release(self, request: Request) -> None:
         """Gives back a finished request's blocks; every rank forgets them with the next plan."""

@@ -68,11 +68,12 @@ class Request:
 
 
 def check_request(request: Request, model: ModelConfig, max_model_len: int) -> None:
-    """Raises ValueError for a prompt that cannot be served: empty, unknown ids, too long for the model."""
+    """Raises ValueError for what cannot be served: no prompt, unknown ids, no possible token, too long."""
     if not request.prompt_ids:
         raise ValueError("the prompt is empty (0 tokens); give at least one token")
     check_ids(request.prompt_ids, model.vocab_size)
     check_ids(request.params.stop_token_ids, model.vocab_size)
+    _check_min_tokens(request.params, model)
     longest = min(model.max_seq_len, max_model_len)
     wanted = request.num_prompt_tokens + request.params.max_tokens
     if wanted > longest:
@@ -80,4 +81,13 @@ def check_request(request: Request, model: ModelConfig, max_model_len: int) -> N
         raise ValueError(
             f"prompt of {request.num_prompt_tokens} tokens + max_tokens={request.params.max_tokens} = "
             f"{wanted} exceeds {longest} ({limit}); shorten the prompt or lower --max-tokens"
+        )
+
+
+def _check_min_tokens(params: SamplingParams, model: ModelConfig) -> None:
+    forbidden = {i for i in (*model.eos_token_ids, *params.stop_token_ids) if 0 <= i < model.vocab_size}
+    if params.min_tokens and len(forbidden) == model.vocab_size:
+        raise ValueError(
+            f"min_tokens={params.min_tokens} forbids eos and stop_token_ids, together all "
+            f"{model.vocab_size} tokens of the vocabulary; use min_tokens=0 or fewer stop_token_ids"
         )

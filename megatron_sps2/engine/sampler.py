@@ -1,6 +1,8 @@
 """One request's logits to one token: penalties, filters, a stateless draw, log-probabilities.
 
-Works on the CPU in float64, so equal logits give equal tokens at any tp, sp and device. Knows no rank.
+Works on the CPU in float64. Equal logits give equal tokens everywhere. Logits that differ by rounding
+(another tp or sp, bf16) nearly always do: the noise belongs to (seed, position, token id), so a token changes
+only if the two best scores, or a filter's boundary, are as close as that rounding. Knows no rank.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 from megatron_sps2.config import SamplingParams
 
 Logits = NDArray[np.float32]
-# Tokens below this share of the likeliest one are sorted only when a draw reaches into them.
+# Tokens below this share of the likeliest one are sorted only when the nucleus of top-p reaches into them.
 TAIL_WEIGHT = 1e-4
 
 
@@ -45,8 +47,9 @@ def sample(
     """Logits [v] (no padding of the vocabulary) -> the next token of one request.
 
     `history` is prompt and output so far, `num_generated` the length of that output. Order: repetition
-    penalty, min_tokens, temperature, top-k, top-p, min-p, draw. Raises PoisonedLogits, and ValueError when
-    min_tokens forbids every token.
+    penalty, min_tokens, temperature, top-k, top-p, min-p, draw. Equal arguments give equal tokens; logits
+    that differ by rounding nearly always do.
+    Raises PoisonedLogits, also where min_tokens forbids every possible token.
     """
     raw = logits.detach().to("cpu", torch.float32).numpy()
     assert raw.ndim == 1, f"logits of one request are [v], not {raw.shape}"
@@ -54,17 +57,34 @@ def sample(
     shaped = _penalise(raw, params, history)
     if num_generated < params.min_tokens:
         shaped = _forbid(shaped, (*eos_token_ids, *params.stop_token_ids), params)
-    if params.temperature == 0:
-        token_id = int(np.argmax(shaped))  # numpy promises the first of equals, torch does not
-    else:
-        token_id = _draw(shaped, params, uniform(params.seed, num_generated))
+    # numpy's argmax promises the first of equals, torch's does not
+    token_id = _draw(shaped, params, num_generated) if params.temperature else int(np.argmax(shaped))
     return _with_logprobs(token_id, raw, params.logprobs)
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on (seed, position) alone: nothing to carry, nothing to restore."""
+def uniforms(seed: int, position: int, ids: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Numbers in (0, 1), each of (seed, position, its id) alone: nothing to carry, nothing to restore.
+
+    SplitMix64, whose state after n steps is key + n * odd constant, read at n = id.
+    """
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) / 2**53
+    x = ids.astype(np.uint64)  # a copy; in place from here, as fresh pages cost more than the arithmetic
+    x *= np.uint64(0x9E3779B97F4A7C15)
+    x += np.uint64(int.from_bytes(digest, "big"))
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return _open_unit(x)
+
+
+def _open_unit(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """52 of the 64 bits and a half: exact in float64, so neither 0 nor 1 can come of rounding."""
+    unit = (bits >> np.uint64(12)).astype(np.float64)
+    unit += 0.5
+    unit *= 2.0**-52
+    return unit
 
 
 def _check_finite(raw: Logits) -> None:
@@ -98,37 +118,47 @@ def _forbid(shaped: Logits, token_ids: Sequence[int], params: SamplingParams) ->
     return shaped
 
 
-def _draw(shaped: Logits, params: SamplingParams, u: float, tail_weight: float = TAIL_WEIGHT) -> int:
-    """Inverse CDF over the descending order, of which top-k, top-p and min-p each keep a beginning."""
+def _draw(shaped: Logits, params: SamplingParams, position: int) -> int:
+    """Gumbel-max: the argmax of logits / T + Gumbel noise over the kept ids is a draw from their softmax.
+
+    An inverse CDF would need one random number, but every rounding moves all later steps of the CDF.
+    """
     with np.errstate(over="ignore"):
-        weights = np.exp((shaped.astype(np.float64) - shaped.max()) / params.temperature)  # at most 1
-    candidates = np.flatnonzero(weights)  # a forbidden token is none, even if u is next to 1
+        scaled = (shaped.astype(np.float64) - shaped.max()) / params.temperature  # at most 0
+    ids = _kept(shaped, scaled, params)
+    scores = scaled if ids.size == scaled.size else scaled[ids]
+    scores -= np.log(-np.log(uniforms(params.seed, position, ids)))
+    return int(ids[np.argmax(scores)])  # the lower id of equals; a forbidden one stays at -inf
+
+
+def _kept(
+    shaped: Logits, scaled: NDArray[np.float64], params: SamplingParams, tail_weight: float = TAIL_WEIGHT
+) -> NDArray[np.int64]:
+    """The ids that top-k, top-p and min-p keep, rising. Each keeps a beginning of the descending order."""
+    ids = np.arange(shaped.size)
+    if not params.top_k and params.top_p == 1 and not params.min_p:
+        return ids
     if params.top_k:
-        order = _descending(shaped, candidates, params.top_k)
-        return _pick(order, weights[order], params, u, float(weights[order].sum()))
-    total = float(weights.sum())
-    head = np.flatnonzero(weights >= (params.min_p or tail_weight))
-    # A beginning of the order that reaches past the nucleus or the draw decides what the whole order would.
-    reach = (params.top_p if params.top_p < 1 else u) * total * (1 + 1e-9)
-    if params.min_p or weights[head].sum() > reach:
-        candidates = head
-    order = _descending(shaped, candidates, candidates.size)
-    return _pick(order, weights[order], params, u, total)
-
-
-def _pick(
-    order: NDArray[np.int64], weights: NDArray[np.float64], params: SamplingParams, u: float, total: float
-) -> int:
-    """`order`: candidate ids, likeliest first; `weights`: theirs; `total`: the mass top_p is a share of."""
-    mass, num_kept = np.cumsum(weights), order.size
+        ids = _descending(shaped, ids, params.top_k)
+    weights = np.exp(scaled[ids])  # at most 1
     if params.top_p < 1:
-        num_kept = min(num_kept, 1 + int(np.searchsorted(mass, params.top_p * total)))
-    if params.min_p:
-        num_kept = min(num_kept, int(np.count_nonzero(weights >= params.min_p)))
-    if params.top_p < 1 or params.min_p:
-        total = float(mass[num_kept - 1])
-    # The bound is for u * total rounded up to the whole mass.
-    return int(order[min(int(np.searchsorted(mass, u * total, side="right")), num_kept - 1)])
+        nucleus = _nucleus(shaped[ids], weights, params, tail_weight)
+        ids, weights = ids[nucleus], weights[nucleus]
+    return np.sort(ids[weights >= params.min_p])
+
+
+def _nucleus(
+    values: Logits, weights: NDArray[np.float64], params: SamplingParams, tail_weight: float
+) -> NDArray[np.int64]:
+    """Indices of the fewest largest `values` whose `weights` sum to top_p of all."""
+    wanted = params.top_p * float(weights.sum())
+    candidates = np.flatnonzero(weights)
+    head = np.flatnonzero(weights >= (params.min_p or tail_weight))
+    # What min_p drops is never needed; what lies past the end of the nucleus need not be sorted.
+    if params.min_p or weights[head].sum() > wanted * (1 + 1e-9):
+        candidates = head
+    order = _descending(values, candidates, candidates.size)
+    return order[: 1 + int(np.searchsorted(np.cumsum(weights[order]), wanted))]
 
 
 def _descending(values: Logits, ids: NDArray[np.int64], count: int) -> NDArray[np.int64]:

@@ -52,11 +52,6 @@ class Scheduler:
         """True while a plan would do something, freeing blocks included."""
         return bool(self._waiting or self._prefilling or self._running or self._freed)
 
-    @property
-    def prefill_progress(self) -> tuple[int, int] | None:
-        """(layers done, layers in all) of the prompt that is being prefilled."""
-        return (self._prefilling.next_layer, self._model.num_layers) if self._prefilling else None
-
     def add(self, request: Request) -> None:
         """Raises ValueError for a request that fits not even an empty cache, or not the chosen strategy."""
         needed, cache = max(self._blocks_of(request)), self._blocks.config

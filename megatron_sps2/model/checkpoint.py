@@ -5,6 +5,7 @@ Knows Megatron's distributed checkpointing; which ranks share the sequence does 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import CoreAttentionBuilder
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sps2.config import DType, ModelConfig, ParallelConfig
@@ -29,6 +31,7 @@ from megatron_sps2.model.manifest import (
     TRACKER_NAME,
     WEIGHTS_NAME,
     check_files,
+    check_replaceable,
     read_manifest,
     write_manifest,
 )
@@ -95,16 +98,19 @@ def save_model(
     """Writes a checkpoint folder whole or not at all: in a sibling folder, renamed at the end.
 
     Collective over the world. `add_files` puts more files (a tokenizer) into the folder, on rank 0, before
-    it gets its name. An existing `folder` is replaced. Megatron's writer starts a process: call this from a
-    module or under `if __name__ == "__main__"`.
+    it gets its name. An existing checkpoint or empty folder is replaced; OSError on every rank for
+    anything else. Megatron's writer starts a process: call this from a module or under
+    `if __name__ == "__main__"`.
     """
-    target = Path(folder).absolute()
+    target = Path(folder).resolve()
+    agree(lambda: check_replaceable(target))
     partial = target.with_name(f".{target.name}.partial")
     weights = partial / WEIGHTS_NAME
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         weights.mkdir(parents=True)
     sharded = _sharded_state(gpt, pg_collection.dp_cp, with_extra_state=True)
+    weights_id = content_id(gpt)
     try:
         with _cuda_stand_ins():
             dist_checkpointing.save(sharded, str(weights))
@@ -112,12 +118,25 @@ def save_model(
             (partial / TRACKER_NAME).write_text("release\n")
             if add_files is not None:
                 add_files(partial)
-            write_manifest(partial, model, dtype)
+            write_manifest(partial, model, dtype, weights_id)
             _replace(partial, target)
     finally:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
     gather_objects(None, world_axis())  # Nobody reads before rank 0 has renamed.
+
+
+def content_id(gpt: nn.Module) -> str:
+    """SHA-256 of every rank's weights: names, dtypes, shapes and bytes. Collective over the world.
+
+    Of the tensors, not of the files: Megatron's writer puts other bytes around the same weights each time.
+    """
+    mine = hashlib.sha256()
+    for name, weight in sorted(gpt.named_parameters()):
+        mine.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        mine.update(weight.detach().contiguous().view(torch.uint8).cpu().numpy().data)
+    shards = gather_objects(mine.hexdigest(), world_axis())
+    return shards[0] if len(shards) == 1 else hashlib.sha256(" ".join(shards).encode()).hexdigest()
 
 
 def _replace(partial: Path, target: Path) -> None:

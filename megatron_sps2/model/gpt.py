@@ -5,15 +5,20 @@ Knows the model and the tp axis; that the sequence is spread over ranks is known
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.attention import SelfAttention
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_sps2.config import ModelConfig
 from megatron_sps2.model.linear import linear, pack, pack_linears
 from megatron_sps2.model.rotary import rotary_angles
+from megatron_sps2.parallel.collectives import Wire, gather_vocab
+from megatron_sps2.parallel.groups import axis_of
+from megatron_sps2.parallel.ledger import Ledger
 
 
 class GptForward:
@@ -25,6 +30,7 @@ class GptForward:
     def __init__(self, gpt: GPTModel, model: ModelConfig) -> None:
         self.gpt = gpt
         self.model = model
+        self._tp = Wire(axis_of(gpt.pg_collection.tp), Ledger())
         tied = gpt.share_embeddings_and_output_weights
         plain = gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight
         # Tied: a second, packed copy, as the lookup needs the plain one. It makes logits 2.5 times faster.
@@ -32,6 +38,25 @@ class GptForward:
         if not tied:
             gpt.output_layer.weight = None
         pack_linears(gpt)
+
+    def book_traffic(self, ledger: Ledger) -> None:
+        """From now on `ledger` counts what the tp axis sends: Megatron's own all-reduces, and the logits."""
+        self._tp = Wire(self._tp.axis, ledger)
+        if self._tp.axis.size > 1:
+            self.gpt.embedding.word_embeddings.register_forward_hook(self._book("tp_embedding"))
+            for layer in self.gpt.decoder.layers:
+                for reducing in (layer.self_attention.linear_proj, layer.mlp.linear_fc2):
+                    reducing.register_forward_hook(self._book("tp_all_reduce"))
+
+    def _book(self, name: str) -> Callable[..., None]:
+        """A hook that books a module's all-reduced output as a ring sends it: 2 (T-1)/T of its bytes."""
+
+        def book(_: nn.Module, __: Any, output: Any) -> None:
+            reduced = output[0] if isinstance(output, tuple) else output
+            size = self._tp.axis.size
+            self._tp.ledger.add(name, round(2 * reduced.nbytes * (size - 1) / size))
+
+        return book
 
     @property
     def num_layers(self) -> int:
@@ -61,17 +86,8 @@ class GptForward:
         """[s, b, h] after the last layer -> [s, b, v] fp32, gathered over the tp axis, padding cut off."""
         normed = self.gpt.decoder.final_layernorm(hidden)
         shard = linear(normed, self._output_weight)  # [s, b, v_padded/T]
-        whole = _gather_vocab(shard, self.gpt.pg_collection.tp)
+        whole = gather_vocab(shard, self._tp)
         return whole[..., : self.model.vocab_size].float()
-
-
-def _gather_vocab(shard: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
-    """[..., v/T] -> [..., v] on every tp rank. Megatron's own gather allocates on CUDA, always."""
-    if tp_group.size() == 1:
-        return shard
-    shards = [torch.empty_like(shard) for _ in range(tp_group.size())]
-    dist.all_gather(shards, shard.contiguous(), group=tp_group)
-    return torch.cat(shards, dim=-1)
 
 
 def _attend_nothing(attention: SelfAttention, hidden: Tensor) -> None:

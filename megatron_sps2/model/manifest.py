@@ -1,4 +1,4 @@
-"""sps2_model.json beside a Megatron checkpoint: the model's shape, its dtype, and the size of every file.
+"""sps2_model.json beside a Megatron checkpoint: the model's shape, dtype and id, and the size of every file.
 
 Knows JSON and file sizes, so that a broken checkpoint is named before torch reads it; knows no tensor.
 """
@@ -26,6 +26,8 @@ class Manifest:
     model: ModelConfig
     dtype: DType
     files: dict[str, int]
+    # The same for the same weights, however often they are converted; "" in a checkpoint older than the id.
+    content_id: str = ""
 
 
 def load_model_config(folder: str | Path) -> ModelConfig:
@@ -33,11 +35,17 @@ def load_model_config(folder: str | Path) -> ModelConfig:
     return read_manifest(folder).model
 
 
-def write_manifest(folder: Path, model: ModelConfig, dtype: DType) -> None:
+def write_manifest(folder: Path, model: ModelConfig, dtype: DType, content_id: str) -> None:
     """Written last, over files that are complete."""
     weights = sorted(path for path in (folder / WEIGHTS_NAME).rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in weights}
-    content = {"format_version": FORMAT_VERSION, "dtype": dtype, "model": asdict(model), "files": files}
+    content = {
+        "format_version": FORMAT_VERSION,
+        "dtype": dtype,
+        "content_id": content_id,
+        "model": asdict(model),
+        "files": files,
+    }
     (folder / MANIFEST_NAME).write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -73,7 +81,23 @@ def _parse(content: dict[str, Any]) -> Manifest:
         raise ValueError(f"unknown model fields {sorted(unknown)}")
     values["eos_token_ids"] = tuple(values["eos_token_ids"])
     files = {str(name): int(size) for name, size in content["files"].items()}
-    return Manifest(model=ModelConfig(**values), dtype=content["dtype"], files=files)
+    return Manifest(
+        model=ModelConfig(**values),
+        dtype=content["dtype"],
+        files=files,
+        content_id=str(content.get("content_id", "")),
+    )
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises FileExistsError unless a checkpoint may take the place of what is at `folder`."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; give a folder to write the checkpoint to")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST_NAME).is_file():
+        raise FileExistsError(
+            f"{folder} is not empty and has no {MANIFEST_NAME}, so it is not a checkpoint of sps2 and is "
+            "never replaced; give another folder, or empty it yourself"
+        )
 
 
 def check_files(folder: str | Path, manifest: Manifest) -> None:

@@ -177,6 +177,13 @@ def return_partials(
     return all_to_all(wire, name, packed.split(list(tokens)), recv, finish)
 
 
+def gather_vocab(logits: Tensor, wire: Wire) -> Tensor:
+    """[..., v/T] -> [..., v] on every tp rank; shards are equally large."""
+    size = wire.axis.size
+    shards = gather_tokens(logits.reshape(1, -1), wire, [1] * size, "gather_vocab").wait()
+    return torch.cat([shard.view_as(logits) for shard in shards], dim=-1)
+
+
 def route_rows(
     x: Tensor, wire: Wire, sent: Sequence[int], received: Sequence[int], name: str
 ) -> Handle[Tensor]:
@@ -235,7 +242,7 @@ def agree(check: Callable[[], T]) -> T:
         problem = next(kind for kind in kinds if isinstance(error, kind))(str(error))
     for rank, found in enumerate(gather_objects(problem, world_axis())):
         if found is not None:
-            raise type(found)(str(found) if rank == 0 else f"rank {rank}: {found}")
+            raise _shared(type(found)(str(found) if rank == 0 else f"rank {rank}: {found}"))
     return result
 
 
@@ -249,9 +256,15 @@ def from_first_rank(make: Callable[[], T]) -> T:
             box[1] = error
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise box[1]
+        raise _shared(box[1])
     value: T = box[0]
     return value
+
+
+def _shared(error: Exception) -> Exception:
+    """Marks an error that every rank raises alike, so that one of them may speak for all."""
+    error.shared_by_all_ranks = True  # type: ignore[attr-defined]
+    return error
 
 
 def _as_is(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ tp is innermost, so that tp ranks are neighbours on one node. Knows no models.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -27,11 +28,17 @@ class Axis:
     ranks: tuple[int, ...]
 
 
+def axis_of(group: dist.ProcessGroup) -> Axis:
+    """A group made elsewhere, as an axis."""
+    return Axis(
+        group, dist.get_rank(group), dist.get_world_size(group), tuple(dist.get_process_group_ranks(group))
+    )
+
+
 def world_axis() -> Axis:
     """All ranks of the initialised world."""
-    size = dist.get_world_size()
     assert dist.group.WORLD is not None
-    return Axis(dist.group.WORLD, dist.get_rank(), size, tuple(range(size)))
+    return axis_of(dist.group.WORLD)
 
 
 def rank_grid(parallel: ParallelConfig) -> list[tuple[int, int, int]]:
@@ -67,8 +74,12 @@ class ParallelGroups:
     alone: Axis
 
     @classmethod
-    def create(cls, config: ParallelConfig, backend: str | None = None) -> ParallelGroups:
+    def create(
+        cls, config: ParallelConfig, backend: str | None = None, timeout: timedelta | None = None
+    ) -> ParallelGroups:
         """Collective over the whole world; torch.distributed must be initialised.
+
+        `timeout` is for every collective of these groups, torch's default (half an hour on gloo) if None.
 
         Raises RuntimeError when the world does not have dp x sp x tp ranks.
         """
@@ -88,7 +99,8 @@ class ParallelGroups:
             "alone": (),
         }
         return cls(
-            config=config, **{name: _own_axis(slices(config, *axis), backend) for name, axis in axes.items()}
+            config=config,
+            **{name: _own_axis(slices(config, *axis), backend, timeout) for name, axis in axes.items()},
         )
 
     def to_megatron(self) -> ProcessGroupCollection:
@@ -103,12 +115,12 @@ class ParallelGroups:
         )
 
 
-def _own_axis(groups: list[tuple[int, ...]], backend: str | None) -> Axis:
+def _own_axis(groups: list[tuple[int, ...]], backend: str | None, timeout: timedelta | None) -> Axis:
     """Creates all `groups` (every rank must, in the same order) and returns the one this rank is in."""
     me = dist.get_rank()
     mine: Axis | None = None
     for ranks in groups:
-        group = dist.new_group(list(ranks), backend=backend)
+        group = dist.new_group(list(ranks), backend=backend, timeout=timeout)
         if me in ranks:
             mine = Axis(group, ranks.index(me), len(ranks), ranks)
     assert mine is not None, f"rank {me} is in none of {groups}"

@@ -10,6 +10,12 @@ from dataclasses import dataclass
 from megatron_sps2.config import ModelConfig, ParallelConfig
 
 LSE_BYTES = 4  # a partial's log-sum-exp travels in fp32
+# The collectives that the formulas speak of, by the names under which the ledger books them.
+PREFILL_COLLECTIVES = (
+    *("seq_to_heads_k", "seq_to_heads_q", "seq_to_heads_v", "heads_to_seq"),
+    *("exchange_k", "exchange_v", "gather_queries", "return_partials"),
+)
+DECODE_COLLECTIVES = ("gather_queries", "return_partials")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
