@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# More pip options for torch alone, such as an --index-url of CPU wheels.
+# More pip options for torch alone, such as those that choose CPU wheels.
 TORCH_ARGS ?=
 SPS2_CACHE ?= $(HOME)/.cache/megatron_sps2
 export SPS2_CACHE
@@ -44,11 +44,9 @@ model: $(CONVERTED)
 $(GGUF): | .venv/.installed
 	$(BIN)/python examples/fetch_smollm2.py "$(SPS2_CACHE)"
 
-# Converted beside its place and then moved there: a checkpoint is there whole or not at all.
+# convert writes a checkpoint whole or not at all; --force replaces one that an older version wrote.
 $(CONVERTED): | $(GGUF)
-	rm -rf "$(CHECKPOINT).partial" "$(CHECKPOINT)"
-	$(BIN)/sps2 convert "$(GGUF)" "$(CHECKPOINT).partial"
-	mv "$(CHECKPOINT).partial" "$(CHECKPOINT)"
+	$(BIN)/sps2 convert "$(GGUF)" "$(CHECKPOINT)" --force
 
 demo: venv model
 	$(BIN)/sps2 generate --checkpoint "$(CHECKPOINT)" --sp 2 --chat --prompt-file examples/prompt.txt \
