@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from megatron_sps2 import __version__
 from megatron_sps2.cli import arguments
 from megatron_sps2.cli.config_file import insert_config
-from megatron_sps2.cli.process import INTERRUPTED, report, set_logging
+from megatron_sps2.cli.process import INTERRUPTED, leave, report, set_logging
 
 # Command -> what it adds to the parser; megatron_sps2.cli.COMMAND has run(args) -> exit code.
 COMMANDS = {
@@ -51,6 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(importlib.import_module(f"megatron_sps2.cli.{args.command}").run(args))
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return leave(INTERRUPTED)
     except Exception as error:  # The outermost loop: nothing above could say more than this line.
-        return report(error)
+        return leave(report(error))

@@ -55,6 +55,19 @@ def report(error: Exception) -> int:
     return USER_ERROR if is_users else RUN_ERROR
 
 
+def leave(code: int) -> int:
+    """`code`, for a process that has no part in a world; from within one the process ends here.
+
+    A failed run leaves threads behind that wait for other ranks: the interpreter's own end would wait for
+    them, or abort because of them.
+    """
+    if _world_is_up():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 def _is_users(error: Exception) -> bool:
     """A connection or a time-out that fails is the world's doing, though Python calls it an OSError."""
     return isinstance(error, (ValueError, OSError)) and not isinstance(error, (ConnectionError, TimeoutError))

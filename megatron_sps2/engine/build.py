@@ -24,7 +24,7 @@ from megatron_sps2.model.checkpoint import load_gpt
 from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.model.heap import keep_freed_memory
 from megatron_sps2.model.manifest import load_model_config, read_manifest
-from megatron_sps2.parallel.collectives import Wire, gather_objects
+from megatron_sps2.parallel.collectives import Wire, gather_objects, leave_together
 from megatron_sps2.parallel.groups import ParallelGroups, world_axis
 from megatron_sps2.parallel.ledger import Ledger
 from megatron_sps2.parallel.mailbox import open_mailbox
@@ -144,6 +144,7 @@ def compare_ranks(config: EngineConfig) -> None:
     for rank, other in enumerate(everybody):
         for name, value in other.items():
             if value != everybody[0].get(name):
+                leave_together()
                 raise RuntimeError(
                     f"rank {rank} has {name}={value!r} but rank 0 has {everybody[0].get(name)!r}; start "
                     "every rank with the same flags, checkpoint and installed versions"

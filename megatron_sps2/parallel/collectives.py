@@ -6,6 +6,7 @@ a Handle that is waited for once. Knows groups, not models.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -242,6 +243,7 @@ def agree(check: Callable[[], T]) -> T:
         problem = next(kind for kind in kinds if isinstance(error, kind))(str(error))
     for rank, found in enumerate(gather_objects(problem, world_axis())):
         if found is not None:
+            leave_together()
             raise _shared(type(found)(str(found) if rank == 0 else f"rank {rank}: {found}"))
     return result
 
@@ -256,9 +258,16 @@ def from_first_rank(make: Callable[[], T]) -> T:
             box[1] = error
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
+        leave_together()
         raise _shared(box[1])
     value: T = box[0]
     return value
+
+
+def leave_together() -> None:
+    """Before all ranks raise alike: one that ends first would break a collective others are still in."""
+    with contextlib.suppress(RuntimeError):  # A rank that is gone has told why.
+        dist.barrier()
 
 
 def _shared(error: Exception) -> Exception:
