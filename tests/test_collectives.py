@@ -20,14 +20,13 @@ from megatron_sps2.parallel.collectives import (
     from_first_rank,
     gather_objects,
     gather_tokens,
-    head_range,
     heads_to_seq,
     return_partials,
     route_rows,
     seq_to_heads,
 )
 from megatron_sps2.parallel.groups import ParallelGroups
-from megatron_sps2.parallel.layout import split_heads
+from megatron_sps2.parallel.layout import head_range, split_heads
 from megatron_sps2.parallel.ledger import Ledger
 from megatron_sps2.parallel.mailbox import open_mailbox
 from tests.broken_wire import exchange_skipped

@@ -20,12 +20,11 @@ from megatron_sps2.parallel.collectives import (
     Handle,
     Wire,
     gather_tokens,
-    head_range,
     heads_to_seq,
     return_partials,
     seq_to_heads,
 )
-from megatron_sps2.parallel.layout import HeadGroup, TokenLayout, split_heads
+from megatron_sps2.parallel.layout import HeadGroup, TokenLayout, head_range, split_heads
 
 Chunk = TypeVar("Chunk")
 Arrived = TypeVar("Arrived")

@@ -22,7 +22,6 @@ from megatron_sps2.parallel.collectives import Wire, gather_tokens
 # A token for each request whose forward the step completed, None where its logits were poisoned.
 StepResult = dict[int, SampledToken | None]
 
-
 # Shorter prompts exchange all heads at once: a message per head chunk would cost more than overlap wins.
 OVERLAP_MIN_TOKENS = 1024
 

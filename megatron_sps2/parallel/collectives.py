@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sps2.parallel.groups import Axis, world_axis
-from megatron_sps2.parallel.layout import HeadGroup
 from megatron_sps2.parallel.ledger import Ledger
 from megatron_sps2.parallel.mailbox import Mailbox
 
@@ -278,10 +277,3 @@ def _shared(error: Exception) -> Exception:
 
 def _as_is(x: Tensor) -> Tensor:
     return x
-
-
-def head_range(groups: Sequence[HeadGroup]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """((q_start, q_stop), (kv_start, kv_stop)) that neighbouring head groups cover; empty ranges for none."""
-    if not groups:
-        return (0, 0), (0, 0)
-    return (groups[0].q_start, groups[-1].q_stop), (groups[0].kv_head, groups[-1].kv_head + 1)

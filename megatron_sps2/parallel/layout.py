@@ -5,6 +5,7 @@ Maps tokens to sp ranks (contiguous, zigzag) and heads to sp ranks. Knows no ten
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -128,3 +129,10 @@ def _groups_of(queries: Segment, per_kv: int) -> list[HeadGroup]:
         HeadGroup(kv, max(queries.start, kv * per_kv), min(queries.stop, (kv + 1) * per_kv))
         for kv in range(first, last + 1)
     ]
+
+
+def head_range(groups: Sequence[HeadGroup]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """((q_start, q_stop), (kv_start, kv_stop)) that neighbouring head groups cover; empty ranges for none."""
+    if not groups:
+        return (0, 0), (0, 0)
+    return (groups[0].q_start, groups[-1].q_stop), (groups[0].kv_head, groups[-1].kv_head + 1)
