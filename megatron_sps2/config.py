@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 PREFILL_STRATEGIES = ("auto", "ulysses", "pass_kv", "pass_q")
+ATTENTION_MODES = ("exact", "csa", "auto")
 DTYPES = ("float32", "bfloat16", "float16")
 
 PrefillStrategy = Literal["auto", "ulysses", "pass_kv", "pass_q"]
+AttentionMode = Literal["exact", "csa", "auto"]
 DType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -111,14 +113,22 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionConfig:
-    """How a prompt attends across sp ranks (method.md section 3)."""
+    """How a prompt attends across sp ranks (method.md sections 3 and 4)."""
 
-    # auto: pass_q onto a cached context, ulysses where KV heads divide by sp_size, else pass_kv.
+    # Of requests that do not say. exact: to all tokens; csa: to those that its setting keeps; auto: exact
+    # below csa_min_tokens, csa from there on.
+    mode: AttentionMode = "exact"
+    csa_min_tokens: int = 8192
+
+    # Of exact attention. auto: pass_q onto a cached context, ulysses where KV heads divide by sp_size, else
+    # pass_kv.
     strategy: PrefillStrategy = "auto"
     # True: head chunk c+1 travels while chunk c attends. False: same result, one chunk at a time.
     pipeline: bool = True
 
     def __post_init__(self) -> None:
+        _require_choice("mode", self.mode, ATTENTION_MODES)
+        _require_positive(self, "csa_min_tokens")
         _require_choice("strategy", self.strategy, PREFILL_STRATEGIES)
 
 

@@ -11,9 +11,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_sps2.attention.csa import CsaRun, csa
+from megatron_sps2.attention.csa_plan import CsaPlan
+from megatron_sps2.attention.csa_tally import CsaTally
+from megatron_sps2.attention.dilated import dilated
 from megatron_sps2.attention.kv_cache import KVCache, SlotRun
 from megatron_sps2.attention.prefill import STRATEGIES, PrefillShape
-from megatron_sps2.attention.strategy import LAYOUTS
+from megatron_sps2.attention.strategy import lay_out
+from megatron_sps2.csa_setting import CsaSetting
+from megatron_sps2.ops.dilated import dilated_pairs, paper_levels
 from megatron_sps2.parallel.collectives import Wire
 from megatron_sps2.parallel.layout import TokenLayout
 
@@ -63,19 +69,35 @@ class PrefillStep:
     num_past: int
     scale: float
     overlap: bool
+    # Of CSA: its setting and this tp rank's first KV head in the whole model.
+    setting: CsaSetting | None = None
+    first_kv_head: int = 0
     layout: TokenLayout = field(init=False)
+    csa: CsaRun | None = field(init=False, default=None)
     _past: list[SlotRun] = field(init=False)
     _new: list[SlotRun] = field(init=False)
 
     def __post_init__(self) -> None:
         axis, cache = self.wire.axis, self.cache
-        self.layout = LAYOUTS[self.strategy](self.num_tokens, axis.size)
+        self.layout = lay_out(self.strategy, self.num_tokens, axis.size, self.setting)
         self._past = cache.runs(self.request_id, 0, cache.num_tokens(self.request_id))
         self._new = cache.extend(self.request_id, self.layout.tokens_per_rank[axis.rank])
+        if self.setting is not None and self.strategy in ("csa", "dilated"):
+            self.csa = CsaRun(
+                plan=CsaPlan(self.setting, self.num_tokens, axis.size),
+                wire=self.wire,
+                scale=self.scale,
+                overlap=self.overlap,
+                tally=CsaTally(cache.num_layers, cache.num_kv_heads),
+                first_kv_head=self.first_kv_head,
+            )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [s/P, 1, n, d], k and v [s/P, 1, n_kv, d] -> [s/P, 1, n, d]; K and V stay in this shard."""
         self.cache.write(layer, self._new, k[:, 0], v[:, 0])
+        if self.csa is not None:
+            attend = csa if self.strategy == "csa" else self._attend_dilated
+            return attend(q, k, v, self.csa, layer)
         shape = PrefillShape(
             layout=self.layout,
             wire=self.wire,
@@ -84,3 +106,25 @@ class PrefillStep:
             past=self.cache.read(layer, self._past) if self.num_past else None,
         )
         return STRATEGIES[self.strategy](q, k, v, shape)
+
+    def _attend_dilated(self, q: Tensor, k: Tensor, v: Tensor, run: CsaRun, layer: int) -> Tensor:
+        """The paper's own variant; nothing probes, so its kept mass is not known."""
+        ledger, num_ranks = self.wire.ledger, self.layout.num_ranks
+        groups, degrees = run.plan.setting.levels_for(num_ranks) or paper_levels(num_ranks)
+        sent = ledger.total_sent
+        out = dilated(
+            *(q, k, v),
+            layout=self.layout,
+            wire=self.wire,
+            scale=self.scale,
+            group_sizes=groups,
+            degrees=degrees,
+            first_kv_head=self.first_kv_head,
+            overlap=self.overlap,
+        )
+        run.tally.bytes_sent += ledger.total_sent - sent
+        lengths = self.layout.tokens_per_rank
+        for head in range(k.shape[2]):
+            kept, far = dilated_pairs(lengths, groups, degrees, self.first_kv_head + head)
+            run.tally.read(layer, head, kept=kept, far=far)
+        return out

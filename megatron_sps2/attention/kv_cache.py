@@ -63,6 +63,15 @@ class KVCache:
         return sum(len(table.blocks) for table in self._tables.values())
 
     @property
+    def num_layers(self) -> int:
+        return len(self._keys)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Of this tp rank."""
+        return self._keys[0].shape[0]
+
+    @property
     def element_size(self) -> int:
         """Bytes per element."""
         return self._keys[0].element_size()

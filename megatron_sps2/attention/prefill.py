@@ -125,7 +125,7 @@ def pass_kv(q: Tensor, k: Tensor, v: Tensor, shape: PrefillShape) -> Tensor:
         values()  # A rank with no token must still take V off the wire.
         return torch.cat(outs)
 
-    results = three_phase(_kv_chunks(k.shape[2], shape.overlap), bring, compute, lambda _, out: _stays(out))
+    results = three_phase(kv_chunks(k.shape[2], shape.overlap), bring, compute, lambda _, out: _stays(out))
     return torch.cat(results, dim=2)
 
 
@@ -149,7 +149,7 @@ def pass_q(q: Tensor, k: Tensor, v: Tensor, shape: PrefillShape) -> Tensor:
     def give_back(_: range, partial: tuple[Tensor, Tensor]) -> Handle[tuple[Tensor, Tensor]]:
         return return_partials(*partial, wire, tokens)
 
-    results = three_phase(_kv_chunks(k.shape[2], shape.overlap), bring, compute, give_back)
+    results = three_phase(kv_chunks(k.shape[2], shape.overlap), bring, compute, give_back)
     return torch.cat([merge(outs, lses)[0] for outs, lses in results], dim=2)
 
 
@@ -213,7 +213,7 @@ def _head_chunks(split: list[list[HeadGroup]], overlap: bool) -> list[list[list[
     return [[held[c : c + 1] for held in split] for c in range(max(map(len, split)))]
 
 
-def _kv_chunks(num_kv_heads: int, overlap: bool) -> list[range]:
+def kv_chunks(num_kv_heads: int, overlap: bool) -> list[range]:
     return [range(kv, kv + 1) for kv in range(num_kv_heads)] if overlap else [range(num_kv_heads)]
 
 

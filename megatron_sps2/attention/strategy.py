@@ -1,16 +1,19 @@
-"""Which prefill strategy serves a prompt and how it lays the prompt's tokens out. Plain integers."""
+"""Which attention and strategy serve a prompt, and how it lays the prompt's tokens out. Plain integers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_sps2.parallel.layout import TokenLayout, contiguous, split_heads, zigzag
+from megatron_sps2.config import AttentionConfig
+from megatron_sps2.csa_setting import CsaSetting
+from megatron_sps2.parallel.layout import TokenLayout, by_segments, contiguous, split_heads, zigzag
 
 # Causal work is level when a rank holds an early and a late segment; ulysses levels it by heads instead.
 LAYOUTS: dict[str, Callable[[int, int], TokenLayout]] = {
     "ulysses": contiguous,
     "pass_kv": zigzag,
     "pass_q": zigzag,
+    "dilated": contiguous,
 }
 
 
@@ -28,3 +31,28 @@ def choose_strategy(wanted: str, *, num_heads: int, num_kv_heads: int, sp_size: 
     if wanted == "ulysses":
         split_heads(num_heads, num_kv_heads, sp_size)
     return wanted
+
+
+def wants_csa(
+    mode: str, attention: AttentionConfig, setting: CsaSetting, num_tokens: int, num_past: int
+) -> bool:
+    """Whether a prompt of num_tokens runs with CSA. The same on any number of ranks.
+
+    A prompt of one segment has no far keys, and one that follows a cached context is exact: CSA has no place
+    for it.
+    """
+    if mode == "exact" or num_past or num_tokens <= setting.segment_size:
+        return False
+    return mode == "csa" or num_tokens >= attention.csa_min_tokens
+
+
+def csa_strategy(setting: CsaSetting) -> str:
+    return "dilated" if setting.selector == "dilated" else "csa"
+
+
+def lay_out(strategy: str, num_tokens: int, sp_size: int, setting: CsaSetting | None) -> TokenLayout:
+    """Where a prompt's tokens lie; `setting` is CSA's."""
+    if strategy == "csa":
+        assert setting is not None, "csa without its setting"
+        return by_segments(num_tokens, sp_size, setting.segment_size)
+    return LAYOUTS[strategy](num_tokens, sp_size)

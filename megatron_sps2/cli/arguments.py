@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from megatron_sps2.config import (
+    ATTENTION_MODES,
     DTYPES,
     PREFILL_STRATEGIES,
     AttentionConfig,
@@ -13,6 +14,7 @@ from megatron_sps2.config import (
     ParallelConfig,
     SamplingParams,
 )
+from megatron_sps2.csa_setting import CALIBRATION_NAME, PRESETS, CsaSetting, choose_setting
 
 Commands = Any  # argparse does not export the type of add_subparsers()
 
@@ -83,7 +85,17 @@ def parallel_config(args: argparse.Namespace) -> ParallelConfig:
 
 
 def attention_config(args: argparse.Namespace) -> AttentionConfig:
-    return AttentionConfig(strategy=args.strategy, pipeline=args.pipeline)
+    return AttentionConfig(
+        mode=args.attention,
+        csa_min_tokens=args.csa_min_tokens,
+        strategy=args.strategy,
+        pipeline=args.pipeline,
+    )
+
+
+def csa_setting(args: argparse.Namespace) -> CsaSetting:
+    """Raises ValueError or FileNotFoundError for one that cannot be had."""
+    return choose_setting(args.csa_setting, args.checkpoint)
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
@@ -166,7 +178,26 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(group, required=True)
     _add_parallel(group)
     _add_memory(group, longest="what this run needs; chat: max_seq_len of the model")
-    group.add_argument("--attention", choices=("exact",), default="exact", help="exact attends to all tokens")
+    group.add_argument(
+        "--attention",
+        choices=ATTENTION_MODES,
+        default="exact",
+        help="how a prompt attends: exact to all tokens, csa to those its setting keeps, auto exact below "
+        "--csa-min-tokens and csa from there on",
+    )
+    group.add_argument(
+        "--csa-setting",
+        metavar="NAME|FILE",
+        help=f"a preset ({', '.join(PRESETS)}) or a JSON file (default: {CALIBRATION_NAME} beside the "
+        "checkpoint where there is one, else the preset default)",
+    )
+    group.add_argument(
+        "--csa-min-tokens",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="where --attention auto begins to use CSA",
+    )
     group.add_argument(
         "--strategy",
         choices=PREFILL_STRATEGIES,

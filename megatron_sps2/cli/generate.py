@@ -8,10 +8,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sps2.cli.arguments import attention_config, check_size_flags, parallel_config, sampling_params
+from megatron_sps2.cli.arguments import (
+    attention_config,
+    check_size_flags,
+    csa_setting,
+    parallel_config,
+    sampling_params,
+)
 from megatron_sps2.cli.process import speaks_for_all
 from megatron_sps2.cli.world import in_world
-from megatron_sps2.model.manifest import load_model_config
+from megatron_sps2.model.manifest import load_model_config, read_manifest
 
 if TYPE_CHECKING:
     from megatron_sps2.cli.report import Report
@@ -39,9 +45,11 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises ValueError or OSError for everything that can be wrong before a prompt is read."""
     from megatron_sps2.attention.strategy import choose_strategy
 
-    model = load_model_config(args.checkpoint)
+    manifest = read_manifest(args.checkpoint)
+    model = manifest.model
     check_size_flags(args, model)
     sampling_params(args)
+    csa_setting(args).check_model(model, manifest.content_id)
     choose_strategy(
         attention_config(args).strategy,
         num_heads=model.num_attention_heads // args.tp,
@@ -60,6 +68,7 @@ def engine_config(args: argparse.Namespace, max_model_len: int) -> EngineConfig:
         checkpoint=args.checkpoint,
         parallel=parallel_config(args),
         attention=attention_config(args),
+        csa=csa_setting(args),
         dtype=args.dtype,
         max_model_len=max_model_len,
         block_size=args.block_size,

@@ -12,7 +12,7 @@ from rich.table import Table
 from megatron_sps2.config import ModelConfig, ParallelConfig
 from megatron_sps2.engine.request import Request
 from megatron_sps2.parallel.ledger import Ledger
-from megatron_sps2.parallel.traffic import DECODE_COLLECTIVES, PREFILL_COLLECTIVES, Traffic
+from megatron_sps2.parallel.traffic import CSA_COLLECTIVES, DECODE_COLLECTIVES, PREFILL_COLLECTIVES, Traffic
 
 ELEMENT_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -58,6 +58,8 @@ class Report:
             "kv_tokens_per_rank": self.kv_tokens_per_rank,
             "ledger": {"prefill": self.prefill_traffic(), "decode": self.decode_traffic()},
         }
+        if self.request.csa is not None:
+            found["csa"] = self.request.csa.to_json()
         if self.request.params.logprobs is not None:
             found["logprobs"] = [
                 {"token_id": t.token_id, "logprob": t.logprob, "top": dict(t.top_logprobs)}
@@ -66,7 +68,13 @@ class Report:
         return found
 
     def prefill_traffic(self) -> dict[str, Any]:
-        """Bytes per rank and layer of the prompt's attention, beside the formula (the mean over ranks)."""
+        """Bytes per rank and layer of the prompt's attention, beside the formula (the mean over ranks).
+
+        CSA's formula is that of the keys it chose to send.
+        """
+        if self.request.csa is not None:
+            formula = self.request.csa.bytes_formula / (self.model.num_layers * len(self.ledgers))
+            return {"strategy": self.strategy, **self._compare("prefill", CSA_COLLECTIVES, 1, formula)}
         formula = getattr(self._traffic, self.strategy)(self.request.num_prompt_tokens)
         return {"strategy": self.strategy, **self._compare("prefill", PREFILL_COLLECTIVES, 1, formula)}
 
@@ -112,6 +120,17 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         measured, formula = found["mean_bytes_per_rank_per_layer"], found["formula_bytes_per_rank_per_layer"]
         return f"{measured:,.0f} B (formula {formula:,.0f} B)"
 
+    csa = report.request.csa
+    kept = f"{csa.kept_mass:.2%}" if csa and csa.kept_mass is not None else "not measured"
+    sparse = (
+        []
+        if csa is None
+        else [
+            (f"CSA ({csa.setting}): attention kept", kept),
+            ("CSA: far keys kept", f"{csa.density:.2%}"),
+            ("CSA: sent, and exact would send", f"{csa.bytes_sent:,} B, {csa.bytes_exact:,} B"),
+        ]
+    )
     return [
         ("prompt tokens", f"{report.request.num_prompt_tokens:,}"),
         ("answer tokens", f"{num_tokens:,}, ended by {report.request.finish_reason}"),
@@ -121,4 +140,5 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         ("KV tokens held per rank", " + ".join(f"{count:,}" for count in report.kv_tokens_per_rank)),
         (f"prefill sent per rank and layer ({prefill['strategy']})", beside(prefill)),
         ("decode sent per rank, layer and token", beside(decode)),
+        *sparse,
     ]

@@ -16,7 +16,9 @@ import torch
 from megatron_sps2.attention.core import SequenceParallelAttention, StepContext
 from megatron_sps2.attention.kv_cache import KVCache
 from megatron_sps2.config import AttentionConfig, CacheConfig, DType, ParallelConfig
+from megatron_sps2.csa_setting import PRESETS, CsaSetting
 from megatron_sps2.engine.block_manager import BlockManager
+from megatron_sps2.engine.csa_reporter import CsaReporter
 from megatron_sps2.engine.engine import Engine
 from megatron_sps2.engine.runner import Runner
 from megatron_sps2.engine.scheduler import Scheduler
@@ -28,6 +30,7 @@ from megatron_sps2.parallel.collectives import Wire, gather_objects, leave_toget
 from megatron_sps2.parallel.groups import ParallelGroups, world_axis
 from megatron_sps2.parallel.ledger import Ledger
 from megatron_sps2.parallel.mailbox import open_mailbox
+from megatron_sps2.parallel.traffic import Traffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +40,8 @@ class EngineConfig:
     checkpoint: str
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    # What CSA keeps, of requests that run with it.
+    csa: CsaSetting = PRESETS["default"]
     dtype: DType = "float32"
     # Tokens of one request at most (prompt and answer); the cache is sized for it unless `cache` is given.
     max_model_len: int = 4096
@@ -59,6 +64,8 @@ class EngineConfig:
         if self.cache:
             return self.cache
         per_request = -(-self.max_model_len // self.parallel.sp_size)
+        if self.attention.mode != "exact":  # CSA lays out whole segments, so ranks differ by up to two
+            per_request = min(self.max_model_len, per_request + 2 * self.csa.segment_size)
         blocks = -(-per_request // self.block_size) + 1
         return CacheConfig(num_blocks=blocks * self.max_num_seqs, block_size=self.block_size)
 
@@ -72,6 +79,7 @@ def build_engine(config: EngineConfig) -> Engine:
     compare_ranks(config)
     model = load_model_config(config.checkpoint)
     config.parallel.check_model(model)
+    config.csa.check_model(model, read_manifest(config.checkpoint).content_id)
     groups = ParallelGroups.create(config.parallel, timeout=timedelta(seconds=config.timeout_s))
     context = StepContext()
     forward = load_gpt(
@@ -112,6 +120,9 @@ def assemble(
         Wire(groups.sp, ledger, mailbox),
         overlap=config.attention.pipeline,
         device=device,
+        replica=Wire(groups.engine, ledger),
+        csa=config.csa,
+        tp_rank=groups.tp.rank,
     )
     blocks = BlockManager(cache_config, config.parallel.sp_size)
     scheduler = Scheduler(
@@ -121,7 +132,9 @@ def assemble(
         blocks,
         max_num_seqs=config.max_num_seqs,
         layers_per_piece=config.layers_per_piece,
+        csa=config.csa,
     )
+    traffic = Traffic(model=model, parallel=config.parallel, element_size=cache.element_size)
     return Engine(
         model,
         runner,
@@ -131,6 +144,8 @@ def assemble(
         ledger,
         max_model_len=config.max_model_len,
         device=device,
+        attention=config.attention.mode,
+        reporter=CsaReporter(setting=config.csa, traffic=traffic, exact_strategy=scheduler.exact_strategy),
     )
 
 

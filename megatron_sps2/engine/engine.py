@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from megatron_sps2.config import ModelConfig, SamplingParams
+from megatron_sps2.config import AttentionMode, ModelConfig, SamplingParams
 from megatron_sps2.engine.block_manager import BlockManager
+from megatron_sps2.engine.csa_reporter import CsaReporter
 from megatron_sps2.engine.plan import StepPlan
 from megatron_sps2.engine.request import FinishReason, Request, check_request
 from megatron_sps2.engine.runner import Runner, StepResult
@@ -45,7 +46,10 @@ class Engine:
         *,
         max_model_len: int,
         device: torch.device,
+        attention: AttentionMode,
+        reporter: CsaReporter,
     ) -> None:
+        self._attention, self._reporter = attention, reporter
         self.model, self.blocks, self.ledger = model, blocks, ledger
         self.max_model_len = max_model_len
         self._runner, self._scheduler, self._replica, self._device = runner, scheduler, replica, device
@@ -71,9 +75,19 @@ class Engine:
         """Bytes of KV cache on this rank, used or not."""
         return self._runner.kv_bytes
 
-    def add_request(self, prompt_ids: Sequence[int], params: SamplingParams) -> Request:
-        """Queues a prompt. Raises ValueError, naming value, rule and fix, for one that cannot be served."""
-        request = Request(request_id=self._next_id, prompt_ids=tuple(prompt_ids), params=params)
+    def add_request(
+        self, prompt_ids: Sequence[int], params: SamplingParams, attention: AttentionMode | None = None
+    ) -> Request:
+        """Queues a prompt. Raises ValueError, naming value, rule and fix, for one that cannot be served.
+
+        `attention` None is the engine's default.
+        """
+        request = Request(
+            request_id=self._next_id,
+            prompt_ids=tuple(prompt_ids),
+            params=params,
+            attention=attention or self._attention,
+        )
         return self._queue(request)
 
     def continue_request(
@@ -156,15 +170,17 @@ class Engine:
 
     def _update(self, plan: StepPlan, result: StepResult) -> list[Progress]:
         news = []
-        for request_id, token in result.items():
+        for request_id, token in result.tokens.items():
             request = self._requests[request_id]
+            if result.csa is not None:
+                request.csa = self._reporter.report(request, result.csa)
             request.take(token, self.model.eos_token_ids)
             news.append(Progress(request, token is not None, self.model.num_layers, self.model.num_layers))
             if plan.prefill:
                 self._scheduler.prefilled(request)
             elif request.finish_reason is not None:
                 self._scheduler.release(request, keep_cache=True)
-        if plan.prefill and not result:
+        if plan.prefill and not result.tokens:
             request = self._requests[plan.prefill.request_id]
             news.append(Progress(request, False, plan.prefill.last_layer, self.model.num_layers))
         return news

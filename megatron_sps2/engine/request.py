@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from megatron_sps2.config import ModelConfig, SamplingParams
+from megatron_sps2.attention.csa_tally import CsaReport
+from megatron_sps2.config import ATTENTION_MODES, AttentionMode, ModelConfig, SamplingParams
 from megatron_sps2.engine.sampler import SampledToken
 from megatron_sps2.engine.tokenizer import check_ids
 
@@ -32,6 +33,9 @@ class Request:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     num_past: int = 0
+    attention: AttentionMode = "exact"
+    # Once its prompt is prefilled with CSA; None where it ran exactly.
+    csa: CsaReport | None = None
     output: list[SampledToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     arrived_at: float = field(default_factory=time.perf_counter)
@@ -69,6 +73,10 @@ class Request:
 
 def check_request(request: Request, model: ModelConfig, max_model_len: int) -> None:
     """Raises ValueError for what cannot be served: no prompt, unknown ids, no possible token, too long."""
+    if request.attention not in ATTENTION_MODES:
+        raise ValueError(
+            f"attention={request.attention!r} is not known; use one of {', '.join(ATTENTION_MODES)}"
+        )
     if not request.prompt_ids:
         raise ValueError("the prompt is empty (0 tokens); give at least one token")
     check_ids(request.prompt_ids, model.vocab_size)

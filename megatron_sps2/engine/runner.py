@@ -5,7 +5,7 @@ Knows the model and the plan; does not decide anything.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,16 +14,26 @@ from megatron_sps2.attention.core import PrefillStep, StepContext
 from megatron_sps2.attention.decode import DecodeRow, DecodeStep
 from megatron_sps2.attention.kv_cache import KVCache
 from megatron_sps2.config import SamplingParams
+from megatron_sps2.csa_setting import CsaSetting
 from megatron_sps2.engine.plan import DecodeToken, NewPrompt, PrefillPiece, StepPlan
 from megatron_sps2.engine.sampler import PoisonedLogits, SampledToken, decode_sampled, encode_sampled, sample
 from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.parallel.collectives import Wire, gather_tokens
 
 # A token for each request whose forward the step completed, None where its logits were poisoned.
-StepResult = dict[int, SampledToken | None]
+Tokens = dict[int, SampledToken | None]
 
 # Shorter prompts exchange all heads at once: a message per head chunk would cost more than overlap wins.
 OVERLAP_MIN_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gave, on every rank alike."""
+
+    tokens: Tokens = field(default_factory=dict)
+    # Of a prompt that was prefilled with CSA: the tally of every rank of the replica, [ranks, entries].
+    csa: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -57,12 +67,16 @@ class Runner:
         sp: Wire,
         *,
         overlap: bool,
-        device: torch.device | str = "cpu",
+        device: torch.device | str,
+        replica: Wire,
+        csa: CsaSetting,
+        tp_rank: int,
     ) -> None:
         self._forward, self._cache, self._context = forward, cache, context
         # Long prompts overlap their exchanges with computing, which the mailbox cannot; the rest is small.
         self._sp, self._small = replace(sp, mailbox=None), sp
         self._overlap, self._device = overlap, torch.device(device)
+        self._replica, self._csa, self._tp_rank = replica, csa, tp_rank
         self._scale = forward.model.head_dim**-0.5
         self._sequences: dict[int, _Sequence] = {}
         self._paused: dict[int, _PausedPrefill] = {}
@@ -91,8 +105,8 @@ class Runner:
                 return self._prefill(plan.prefill)
         if plan.decode:
             with self._sp.ledger.phase("decode"):
-                return self._decode(plan.decode)
-        return {}
+                return StepResult(self._decode(plan.decode))
+        return StepResult()
 
     def _prefill(self, piece: PrefillPiece) -> StepResult:
         if piece.prompt:
@@ -101,28 +115,37 @@ class Runner:
         self._context.step = paused.step
         paused.hidden = self._layers(piece.first_layer, piece.last_layer, paused.hidden, paused.angles)
         if piece.last_layer < self._forward.num_layers:
-            return {}
+            return StepResult()
         del self._paused[piece.request_id]
         layout = paused.step.layout
         home, index = layout.find(layout.num_tokens - 1)
         last = paused.hidden[index : index + 1] if home == self._sp.axis.rank else paused.hidden[:0]
         counts = [int(rank == home) for rank in range(self._sp.axis.size)]
-        return self._sample([piece.request_id], counts, last)
+        return StepResult(self._sample([piece.request_id], counts, last), self._gather_tally(paused.step))
+
+    def _gather_tally(self, step: PrefillStep) -> Tensor | None:
+        if step.csa is None:
+            return None
+        mine = step.csa.tally.encode().unsqueeze(0).to(self._device)
+        return gather_tokens(mine, self._replica, [1] * self._replica.axis.size, "gather_csa").wait()
 
     def _start_prefill(self, request_id: int, prompt: NewPrompt) -> _PausedPrefill:
         rank = self._sp.axis.rank
         self._cache.grant(request_id, list(prompt.blocks[rank]))
         num_rows = -(-len(prompt.token_ids) // self._sp.axis.size)
         overlap = self._overlap and len(prompt.token_ids) >= OVERLAP_MIN_TOKENS
+        sparse = prompt.strategy in ("csa", "dilated")  # whose messages have no small bound
         step = PrefillStep(
             cache=self._cache,
-            wire=self._sp if overlap else self._small.for_messages(num_rows * self._row_bytes),
+            wire=self._sp if overlap or sparse else self._small.for_messages(num_rows * self._row_bytes),
             request_id=request_id,
             strategy=prompt.strategy,
             num_tokens=len(prompt.token_ids),
             num_past=prompt.num_past,
             scale=self._scale,
             overlap=overlap,
+            setting=self._csa,
+            first_kv_head=self._tp_rank * self._cache.num_kv_heads,
         )
         known = self._sequences.get(request_id)
         history = [*(known.token_ids[: prompt.num_past] if known else ()), *prompt.token_ids]
@@ -132,7 +155,7 @@ class Runner:
         hidden, angles = self._embed(ids, [prompt.num_past + place for place in places])
         return _PausedPrefill(step, hidden, angles)
 
-    def _decode(self, tokens: tuple[DecodeToken, ...]) -> StepResult:
+    def _decode(self, tokens: tuple[DecodeToken, ...]) -> Tokens:
         me = self._sp.axis.rank
         for token in tokens:
             if token.kv_rank == me and token.new_block is not None:
@@ -158,7 +181,7 @@ class Runner:
         self._context.step = None
         return hidden
 
-    def _sample(self, request_ids: list[int], home_counts: list[int], hidden: Tensor) -> StepResult:
+    def _sample(self, request_ids: list[int], home_counts: list[int], hidden: Tensor) -> Tokens:
         """hidden [b/P, 1, h] of the requests at home here -> the tokens of all requests, on every rank.
 
         `request_ids` are sorted by home rank; each is sampled on its home rank only.

@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_sps2.attention.strategy import LAYOUTS, choose_strategy
+from megatron_sps2.attention.strategy import choose_strategy, csa_strategy, lay_out, wants_csa
 from megatron_sps2.config import AttentionConfig, KVCacheFull, ModelConfig, ParallelConfig
+from megatron_sps2.csa_setting import PRESETS, CsaSetting
 from megatron_sps2.engine.block_manager import BlockManager
 from megatron_sps2.engine.plan import DecodeToken, NewPrompt, PrefillPiece, StepPlan
 from megatron_sps2.engine.request import FinishReason, Request
@@ -34,8 +35,10 @@ class Scheduler:
         *,
         max_num_seqs: int,
         layers_per_piece: int | None = None,
+        csa: CsaSetting = PRESETS["default"],
     ) -> None:
         self._model, self._parallel, self._attention, self._blocks = model, parallel, attention, blocks
+        self._csa = csa
         self._max_num_seqs = max_num_seqs
         self._layers_per_piece = layers_per_piece or model.num_layers
         self._waiting: deque[Request] = deque()
@@ -109,6 +112,13 @@ class Scheduler:
             self._freed.append(request.request_id)
 
     def _strategy_of(self, request: Request) -> str:
+        num_new = len(request.prompt_ids)
+        if wants_csa(request.attention, self._attention, self._csa, num_new, request.num_past):
+            return csa_strategy(self._csa)
+        return self.exact_strategy(request)
+
+    def exact_strategy(self, request: Request) -> str:
+        """The strategy that serves the prompt where it runs exactly."""
         return choose_strategy(
             self._attention.strategy,
             num_heads=self._model.num_attention_heads // self._parallel.tp_size,
@@ -119,8 +129,8 @@ class Scheduler:
 
     def _tokens_per_rank(self, request: Request) -> list[int]:
         """Of its prompt, the part that is not cached yet."""
-        layout = LAYOUTS[self._strategy_of(request)](len(request.prompt_ids), self._parallel.sp_size)
-        return layout.tokens_per_rank
+        strategy, num_new = self._strategy_of(request), len(request.prompt_ids)
+        return lay_out(strategy, num_new, self._parallel.sp_size, self._csa).tokens_per_rank
 
     def _blocks_of(self, request: Request) -> list[int]:
         """Per rank, at its full length; the last token of an answer is never fed, so it needs no slot."""

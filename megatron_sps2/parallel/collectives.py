@@ -7,6 +7,7 @@ a Handle that is waited for once. Knows groups, not models.
 from __future__ import annotations
 
 import contextlib
+import math
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -191,6 +192,41 @@ def route_rows(
     row = x.shape[1:]
     recv = [count * row.numel() for count in received]
     return all_to_all(wire, name, x.split(list(sent)), recv, lambda flat: flat.view(sum(received), *row))
+
+
+def exchange_lists(
+    wire: Wire,
+    name: str,
+    outgoing: Sequence[Sequence[Tensor]],
+    shapes: Sequence[Sequence[tuple[int, ...]]],
+    like: Tensor,
+) -> Handle[list[list[Tensor]]]:
+    """outgoing[p] to rank p -> tensors of shapes[p] from rank p, for every p; what stays here is not copied.
+
+    All have the dtype and device of `like`. Every rank knows beforehand what each other will send it.
+    """
+    me = wire.axis.rank
+    parts = [
+        torch.cat([x.reshape(-1) for x in tensors]) if tensors and rank != me else like.new_empty(0)
+        for rank, tensors in enumerate(outgoing)
+    ]
+    numels = [
+        [math.prod(shape) for shape in expected] if rank != me else [] for rank, expected in enumerate(shapes)
+    ]
+
+    def finish(flat: Tensor) -> list[list[Tensor]]:
+        pieces = [
+            piece.split(sizes)
+            for piece, sizes in zip(flat.split(list(map(sum, numels))), numels, strict=True)
+        ]
+        return [
+            list(outgoing[me])
+            if rank == me
+            else [x.view(shape) for x, shape in zip(pieces[rank], shapes[rank], strict=True)]
+            for rank in range(wire.axis.size)
+        ]
+
+    return all_to_all(wire, name, parts, list(map(sum, numels)), finish)
 
 
 def broadcast_plan(plan: Any, wire: Wire, device: torch.device) -> Any:

@@ -89,6 +89,31 @@ def zigzag(num_tokens: int, num_ranks: int) -> TokenLayout:
     return TokenLayout(tuple((parts[rank], parts[-1 - rank]) for rank in range(num_ranks)))
 
 
+def segments_of(num_tokens: int, segment_size: int) -> list[Segment]:
+    """Neighbouring segments of `segment_size` tokens; the last one may be shorter."""
+    starts = range(0, num_tokens, segment_size)
+    return [Segment(start, min(start + segment_size, num_tokens)) for start in starts]
+
+
+def by_segments(num_tokens: int, num_ranks: int, segment_size: int) -> TokenLayout:
+    """Whole segments of a fixed size, zigzag where every rank gets an early and a late one, else contiguous.
+
+    Early segments read little of the past and late ones much, so zigzag levels the work of CSA too.
+    """
+    segments = segments_of(num_tokens, segment_size)
+    if len(segments) < 2 * num_ranks:
+        parts = cut(len(segments), num_ranks)
+        return TokenLayout(tuple(tuple(segments[part.start : part.stop]) for part in parts))
+    parts = cut(len(segments), 2 * num_ranks)
+    pairs = ((parts[rank], parts[-1 - rank]) for rank in range(num_ranks))
+    return TokenLayout(
+        tuple(
+            tuple(segments[early.start : early.stop] + segments[late.start : late.stop])
+            for early, late in pairs
+        )
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class HeadGroup:
     """Query heads q_start <= h < q_stop, which read one KV head."""

@@ -29,6 +29,11 @@ class Ledger:
     def add(self, collective: str, num_bytes: int) -> None:
         self._bytes[self._phase, collective] += num_bytes
 
+    @property
+    def total_sent(self) -> int:
+        """Bytes sent so far, over all phases and collectives."""
+        return sum(self._bytes.values())
+
     def total(self, phase: str, *collectives: str) -> int:
         """Bytes sent in `phase`, over all collectives or over the named ones."""
         return sum(

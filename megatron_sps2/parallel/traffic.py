@@ -15,6 +15,11 @@ PREFILL_COLLECTIVES = (
     *("seq_to_heads_k", "seq_to_heads_q", "seq_to_heads_v", "heads_to_seq"),
     *("exchange_k", "exchange_v", "gather_queries", "return_partials"),
 )
+# Of CSA and of the paper's variant; CSA's tail goes by gather_queries and return_partials.
+CSA_COLLECTIVES = (
+    *("csa_probes", "csa_sums", "csa_index", "csa_k", "csa_v"),
+    *("dilated_in", "dilated_out", "gather_queries", "return_partials"),
+)
 DECODE_COLLECTIVES = ("gather_queries", "return_partials")
 
 

@@ -1,0 +1,113 @@
+"""What CSA kept of one prompt, counted on each rank and added up over ranks.
+
+Plain sums, so that parts of several ranks can be added. Knows no wires.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Columns of the counts: summed kept mass, how many (segment, KV head) reads it sums, kept and far keys.
+_MASS, _READS, _KEPT, _FAR = range(4)
+# Entries after the counts: bytes sent, keys sent.
+_NUM_SINGLES = 2
+
+
+class CsaTally:
+    """Counts of one rank by layer and KV head of its tp rank."""
+
+    def __init__(self, num_layers: int, num_kv_heads: int) -> None:
+        self._counts = torch.zeros(num_layers, num_kv_heads, 4, dtype=torch.float64)
+        self.bytes_sent = 0
+        self.keys_sent = 0
+
+    def read(self, layer: int, kv_head: int, *, kept: int, far: int) -> None:
+        """A reader keeps `kept` of `far` keys that lie on this rank."""
+        self._counts[layer, kv_head, _KEPT] += kept
+        self._counts[layer, kv_head, _FAR] += far
+
+    def mass(self, layer: int, kv_head: int, share: float, *, complete: bool) -> None:
+        """A part of the probes' attention that a reader keeps; `complete` on the reader's own rank, once."""
+        self._counts[layer, kv_head, _MASS] += share
+        self._counts[layer, kv_head, _READS] += complete
+
+    def encode(self) -> Tensor:
+        """[num_layers * n_kv * 4 + 2] float64, to be sent."""
+        singles = torch.tensor([self.bytes_sent, self.keys_sent], dtype=torch.float64)
+        return torch.cat([self._counts.flatten(), singles])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CsaReport:
+    """One request's CSA over all ranks. Tables are [layer][KV head].
+
+    kept_mass: share of the probes' attention that was kept, the mean over reads; None without probes.
+    density: share of the keys of earlier segments that was kept. bytes_exact: by formula, what the exact
+    strategy would have sent in its place; both over all ranks and layers.
+    """
+
+    setting: str
+    kept_mass: float | None
+    density: float
+    bytes_sent: int
+    bytes_exact: int
+    # By formula, what CSA sends for these keys; equal to bytes_sent.
+    bytes_formula: int
+    keys_sent: int
+    mass_table: tuple[tuple[float | None, ...], ...]
+    density_table: tuple[tuple[float | None, ...], ...]
+
+    def to_json(self) -> dict[str, float | int | str | None]:
+        """What comes with an answer."""
+        return {
+            "setting": self.setting,
+            "kept_mass": self.kept_mass,
+            "density": self.density,
+            "bytes_sent": self.bytes_sent,
+            "bytes_exact": self.bytes_exact,
+        }
+
+
+def add_up(
+    encoded: Tensor,
+    *,
+    tp_size: int,
+    num_layers: int,
+    setting: str,
+    bytes_exact: int,
+    bytes_formula: Callable[[int], int],
+) -> CsaReport:
+    """`[sp_size * tp_size, entries]` of all ranks of a replica, tp innermost -> the report.
+
+    bytes_formula gives all bytes by the number of keys sent.
+    """
+    ranks = encoded.double().cpu()
+    counts = ranks[:, :-_NUM_SINGLES].view(
+        -1, tp_size, num_layers, ranks[0, :-_NUM_SINGLES].numel() // num_layers // 4, 4
+    )
+    # Sum over the sp axis; tp ranks hold different heads, one after the other.
+    table = counts.sum(0).permute(1, 0, 2, 3).flatten(1, 2)  # [layers, n_kv, 4]
+    mass, reads, kept, far = table.sum((0, 1)).tolist()
+    return CsaReport(
+        setting=setting,
+        kept_mass=mass / reads if reads else None,
+        density=kept / far if far else 1.0,
+        bytes_sent=int(ranks[:, -2].sum()),
+        bytes_exact=bytes_exact,
+        bytes_formula=bytes_formula(int(ranks[:, -1].sum())),
+        keys_sent=int(ranks[:, -1].sum()),
+        mass_table=tuple(
+            tuple(_share(head[_MASS], head[_READS], None) for head in layer) for layer in table.tolist()
+        ),
+        density_table=tuple(
+            tuple(_share(head[_KEPT], head[_FAR], 1.0) for head in layer) for layer in table.tolist()
+        ),
+    )
+
+
+def _share(part: float, whole: float, empty: float | None) -> float | None:
+    return part / whole if whole else empty
