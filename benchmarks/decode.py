@@ -36,11 +36,11 @@ def _row(dtype: str, length: int, hf: LlamaForCausalLM, ours: Ours, args: argpar
     for _ in range(args.rounds):
         times, tokens = run_transformers(hf, ids, args.tokens)
         theirs += times.gaps
-        own_times, own_tokens, held = ours.run(ids, args.tokens)
-        mine += own_times.gaps
+        answer = ours.run(ids, args.tokens)
+        mine += answer.times.gaps
     a, b = 1e3 * statistics.median(theirs), 1e3 * statistics.median(mine)
-    agree = sum(x == y for x, y in zip(tokens, own_tokens, strict=True))
-    share = f"{max(held) / sum(held):.3f} held, {ours.kv_share:.3f} allocated"
+    agree = sum(x == y for x, y in zip(tokens, answer.tokens, strict=True))
+    share = f"{max(answer.held) / sum(answer.held):.3f} held, {ours.kv_share:.3f} allocated"
     return [dtype, length, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}x", f"{agree}/{args.tokens}", share]
 
 

@@ -29,10 +29,11 @@ def main() -> None:
                 for _ in range(args.rounds):
                     times, token = run_transformers(hf, ids, 1)
                     theirs.append(times.ttft)
-                    own_times, own_token, held = ours.run(ids, 1)
-                    mine.append(own_times.ttft)
+                    answer = ours.run(ids, 1)
+                    mine.append(answer.times.ttft)
                 a, b = statistics.median(theirs), statistics.median(mine)
-                cells = [dtype, length, f"{a:.2f}", f"{b:.2f}", f"{a / b:.2f}x", token == own_token, held]
+                same = token == answer.tokens
+                cells = [dtype, length, f"{a:.2f}", f"{b:.2f}", f"{a / b:.2f}x", same, answer.held]
                 print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 

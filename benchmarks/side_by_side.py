@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from checkpoints_tools.convert import convert
-from megatron_sps2.config import DType, ParallelConfig, SamplingParams
+from megatron_sps2.attention.csa_tally import CsaReport
+from megatron_sps2.config import AttentionMode, DType, ParallelConfig, SamplingParams
 from megatron_sps2.engine.build import EngineConfig, build_engine
 
 VOCAB_SIZE = 32000
@@ -40,6 +40,16 @@ class Times:
     @property
     def tbt(self) -> float:
         return float(np.median(self.gaps))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Of our ranks: times, tokens, KV tokens held per rank, and what CSA did."""
+
+    times: Times
+    tokens: list[int]
+    held: list[int]
+    csa: CsaReport | None
 
 
 def random_llama() -> LlamaForCausalLM:
@@ -95,10 +105,8 @@ def run_transformers(hf: LlamaForCausalLM, ids: list[int], num_tokens: int) -> t
 class Ours:
     """Our engine on `parallel` ranks in processes of their own."""
 
-    def __init__(self, checkpoint: Path, parallel: ParallelConfig, dtype: DType, max_model_len: int) -> None:
-        config = EngineConfig(
-            checkpoint=str(checkpoint), parallel=parallel, dtype=dtype, max_model_len=max_model_len
-        )
+    def __init__(self, config: EngineConfig) -> None:
+        parallel = config.parallel
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "megatron_sps2.engine.build"])
         self._folder = tempfile.TemporaryDirectory()
@@ -112,10 +120,9 @@ class Ours:
         # Bytes of KV cache on one rank / bytes one rank alone would need for max_model_len tokens.
         self.kv_share: float = self._pipe.recv()
 
-    def run(self, ids: list[int], num_tokens: int) -> tuple[Times, list[int], list[int]]:
-        """Times, tokens, KV tokens held per rank."""
-        self._pipe.send((ids, num_tokens))
-        answer: tuple[Times, list[int], list[int]] = self._pipe.recv()
+    def run(self, ids: list[int], num_tokens: int, attention: AttentionMode | None = None) -> Answer:
+        self._pipe.send((ids, num_tokens, attention))
+        answer: Answer = self._pipe.recv()
         return answer
 
     def close(self) -> None:
@@ -139,14 +146,16 @@ def _rank(rank: int, config: EngineConfig, store: str, pipe: Connection) -> None
     per_token = 2 * model.num_layers * model.num_query_groups * model.head_dim * element_size
     pipe.send(engine.kv_bytes / (per_token * config.max_model_len))
     while (job := pipe.recv()) is not None:
-        ids, num_tokens = job
-        request = engine.add_request(ids, SamplingParams(max_tokens=num_tokens, ignore_eos=True))
+        ids, num_tokens, attention = job
+        params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+        request = engine.add_request(ids, params, attention)
         while request.finish_reason is None:
             engine.step()
         held = engine.blocks.tokens_per_rank(request.request_id)
         engine.release(request)
         times = [request.arrived_at, *request.token_times]
-        pipe.send((Times(times[1] - times[0], np.diff(times[1:]).tolist()), request.output_ids, held))
+        found = Times(times[1] - times[0], np.diff(times[1:]).tolist())
+        pipe.send(Answer(found, request.output_ids, held, request.csa))
     engine.stop()
 
 
@@ -162,7 +171,10 @@ def pair(
     with tempfile.TemporaryDirectory() as folder:
         hf.save_pretrained(f"{folder}/hf")
         convert(f"{folder}/hf", f"{folder}/megatron")
-        ours = Ours(Path(folder, "megatron"), parallel, dtype, max_model_len)
+        config = EngineConfig(
+            checkpoint=f"{folder}/megatron", parallel=parallel, dtype=dtype, max_model_len=max_model_len
+        )
+        ours = Ours(config)
         try:
             yield hf.to(getattr(torch, dtype)), ours
         finally:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_sps2.attention.spans import CSA_SPANS, Spans
+
 # Columns of the counts: summed kept mass, how many (segment, KV head) reads it sums, kept and far keys.
 _MASS, _READS, _KEPT, _FAR = range(4)
-# Entries after the counts: bytes sent, keys sent.
-_NUM_SINGLES = 2
+# Entries after the counts: bytes sent, keys sent, seconds of each span.
+_NUM_SINGLES = 2 + len(CSA_SPANS)
 
 
 class CsaTally:
@@ -24,6 +27,7 @@ class CsaTally:
         self._counts = torch.zeros(num_layers, num_kv_heads, 4, dtype=torch.float64)
         self.bytes_sent = 0
         self.keys_sent = 0
+        self.spans = Spans()
 
     def read(self, layer: int, kv_head: int, *, kept: int, far: int) -> None:
         """A reader keeps `kept` of `far` keys that lie on this rank."""
@@ -36,8 +40,9 @@ class CsaTally:
         self._counts[layer, kv_head, _READS] += complete
 
     def encode(self) -> Tensor:
-        """[num_layers * n_kv * 4 + 2] float64, to be sent."""
-        singles = torch.tensor([self.bytes_sent, self.keys_sent], dtype=torch.float64)
+        """[num_layers * n_kv * 4 + a few] float64, to be sent."""
+        seconds = [self.spans.seconds[name] for name in CSA_SPANS]
+        singles = torch.tensor([self.bytes_sent, self.keys_sent, *seconds], dtype=torch.float64)
         return torch.cat([self._counts.flatten(), singles])
 
 
@@ -58,10 +63,12 @@ class CsaReport:
     # By formula, what CSA sends for these keys; equal to bytes_sent.
     bytes_formula: int
     keys_sent: int
+    # Of the attention, by span, the mean over ranks.
+    seconds: dict[str, float]
     mass_table: tuple[tuple[float | None, ...], ...]
     density_table: tuple[tuple[float | None, ...], ...]
 
-    def to_json(self) -> dict[str, float | int | str | None]:
+    def to_json(self) -> dict[str, Any]:
         """What comes with an answer."""
         return {
             "setting": self.setting,
@@ -69,6 +76,7 @@ class CsaReport:
             "density": self.density,
             "bytes_sent": self.bytes_sent,
             "bytes_exact": self.bytes_exact,
+            "seconds": self.seconds,
         }
 
 
@@ -86,9 +94,9 @@ def add_up(
     bytes_formula gives all bytes by the number of keys sent.
     """
     ranks = encoded.double().cpu()
-    counts = ranks[:, :-_NUM_SINGLES].view(
-        -1, tp_size, num_layers, ranks[0, :-_NUM_SINGLES].numel() // num_layers // 4, 4
-    )
+    counts, singles = ranks[:, :-_NUM_SINGLES], ranks[:, -_NUM_SINGLES:]
+    counts = counts.reshape(-1, tp_size, num_layers, counts.shape[1] // num_layers // 4, 4)
+    sent, keys_sent = (int(total) for total in singles[:, :2].sum(0))
     # Sum over the sp axis; tp ranks hold different heads, one after the other.
     table = counts.sum(0).permute(1, 0, 2, 3).flatten(1, 2)  # [layers, n_kv, 4]
     mass, reads, kept, far = table.sum((0, 1)).tolist()
@@ -96,10 +104,11 @@ def add_up(
         setting=setting,
         kept_mass=mass / reads if reads else None,
         density=kept / far if far else 1.0,
-        bytes_sent=int(ranks[:, -2].sum()),
+        bytes_sent=sent,
         bytes_exact=bytes_exact,
-        bytes_formula=bytes_formula(int(ranks[:, -1].sum())),
-        keys_sent=int(ranks[:, -1].sum()),
+        bytes_formula=bytes_formula(keys_sent),
+        keys_sent=keys_sent,
+        seconds=dict(zip(CSA_SPANS, singles[:, 2:].mean(0).tolist(), strict=True)),
         mass_table=tuple(
             tuple(_share(head[_MASS], head[_READS], None) for head in layer) for layer in table.tolist()
         ),

@@ -7,6 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# What CSA does with its time; exchange is waiting for others, all of it that computing does not hide.
+CSA_SPANS = ("selection", "exchange", "local", "far", "tail")
+
 
 class Spans:
     """Seconds spent inside `with spans(name)`, by name; spans do not nest."""

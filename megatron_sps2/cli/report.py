@@ -128,6 +128,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         else [
             (f"CSA ({csa.setting}): attention kept", kept),
             ("CSA: far keys kept", f"{csa.density:.2%}"),
+            ("CSA: time", ", ".join(f"{name} {1e3 * s:,.0f} ms" for name, s in csa.seconds.items())),
             ("CSA: sent, and exact would send", f"{csa.bytes_sent:,} B, {csa.bytes_exact:,} B"),
         ]
     )
