@@ -72,11 +72,11 @@ def main() -> None:
     rows = []
     print("|", " | ".join(COLUMNS), "|")
     print("|" + "---|" * len(COLUMNS))
-    with _checkpoint(args) as folder:
+    with checkpoint_folder(args) as folder:
         for dtype in args.dtypes:
-            ours = Ours(_config(args, folder, dtype))
+            ours = Ours(engine_config(args, folder, dtype))
             for length in args.lengths:
-                rows.append(_measure(ours, _ids(args, folder, length), dtype, args))
+                rows.append(_measure(ours, token_ids(args, folder, length), dtype, args))
                 print("|", " | ".join(rows[-1].cells), "|", flush=True)
             ours.close()
     if args.json:
@@ -85,6 +85,13 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    add_model(parser)
+    parser.add_argument("--json", help="file to write")
+    return parser.parse_args()
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Flags of what runs: lengths, ranks, budgets, and a real model in place of the random one."""
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 32768, 65536])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--sp", type=int, default=2)
@@ -92,27 +99,24 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--density", type=float, default=0.1, help="of the random model's fixed budgets")
     parser.add_argument("--segment-size", type=int, default=1024)
     parser.add_argument("--probes", type=int, default=16)
-    parser.add_argument("--pipeline", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--checkpoint", help="a real model")
     parser.add_argument("--text", help="its prompt")
     parser.add_argument("--csa-setting", default="default", help="of the real model")
-    parser.add_argument("--json", help="file to write")
-    return parser.parse_args()
 
 
 def _setting(args: argparse.Namespace) -> CsaSetting:
     if args.checkpoint:
-        return replace(load_setting(args.csa_setting), segment_size=args.segment_size)
+        return load_setting(args.csa_setting)
     return CsaSetting(
         name="fixed", segment_size=args.segment_size, num_probes=args.probes, degrees=(1, 1 / args.density)
     )
 
 
-def _config(args: argparse.Namespace, folder: str, dtype: str) -> EngineConfig:
+def engine_config(args: argparse.Namespace, folder: str, dtype: str) -> EngineConfig:
     return EngineConfig(
         checkpoint=folder,
         parallel=ParallelConfig(sp_size=args.sp),
-        attention=AttentionConfig(mode="csa", pipeline=args.pipeline),
+        attention=AttentionConfig(mode="csa"),
         csa=_setting(args),
         dtype=dtype,  # type: ignore[arg-type]
         max_model_len=max(args.lengths) + 64,
@@ -120,7 +124,7 @@ def _config(args: argparse.Namespace, folder: str, dtype: str) -> EngineConfig:
 
 
 @contextmanager
-def _checkpoint(args: argparse.Namespace) -> Iterator[str]:
+def checkpoint_folder(args: argparse.Namespace) -> Iterator[str]:
     """The folder of --checkpoint, or one with random weights."""
     if args.checkpoint:
         yield args.checkpoint
@@ -131,7 +135,7 @@ def _checkpoint(args: argparse.Namespace) -> Iterator[str]:
         yield f"{folder}/megatron"
 
 
-def _ids(args: argparse.Namespace, folder: str, length: int) -> list[int]:
+def token_ids(args: argparse.Namespace, folder: str, length: int) -> list[int]:
     if not args.checkpoint:
         return prompt(length)
     text = Path(args.text).read_text(encoding="utf-8")

@@ -116,9 +116,10 @@ class AttentionConfig:
     """How a prompt attends across sp ranks (method.md sections 3 and 4)."""
 
     # Of requests that do not say. exact: to all tokens; csa: to those that its setting keeps; auto: exact
-    # below csa_min_tokens, csa from there on.
+    # below csa_min_tokens, csa from there on
     mode: AttentionMode = "exact"
-    csa_min_tokens: int = 8192
+    # (None: where CSA's cost model expects it to pay).
+    csa_min_tokens: int | None = None
 
     # Of exact attention. auto: pass_q onto a cached context, ulysses where KV heads divide by sp_size, else
     # pass_kv.
@@ -128,7 +129,8 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         _require_choice("mode", self.mode, ATTENTION_MODES)
-        _require_positive(self, "csa_min_tokens")
+        if self.csa_min_tokens is not None:
+            _require_positive(self, "csa_min_tokens")
         _require_choice("strategy", self.strategy, PREFILL_STRATEGIES)
 
 

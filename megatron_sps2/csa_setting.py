@@ -6,9 +6,11 @@ Presets, checks, and the small JSON file that a calibration writes. Knows no tor
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from megatron_sps2.config import ModelConfig
@@ -17,6 +19,15 @@ SELECTORS = ("none", "strided", "scored", "dilated")
 Selector = Literal["none", "strided", "scored", "dilated"]
 # A calibration's file beside a checkpoint.
 CALIBRATION_NAME = "sps2_csa.json"
+
+# Measured (benchmarks/RESULTS.md): far keys that an adaptive setting keeps at a few thousand tokens, and what
+# scoring a key with a probe costs beside attending to it with a query.
+ADAPTIVE_DENSITY = 0.15
+PROBE_COST = 2.8
+NEVER = 2**62
+# Segments of G tokens double where a prompt is longer than G^2 over this: a query reads G/2 keys of its own
+# segment and scoring costs it PROBE_COST * num_probes * s / 2G, which are about equal there.
+SEGMENT_GROWTH = 40
 
 Table = tuple[tuple[float, ...], ...]
 
@@ -35,8 +46,10 @@ class CsaSetting:
     # widest group, groups double (or grow by the next factor) and degrees equal them.
     selector: Selector = "scored"
     segment_size: int = 512  # tokens; a multiple of 8
+    # Segments double up to this where prompts are long (512: above 6,553 and 26,214 tokens); None: never.
+    max_segment_size: int | None = None
     num_sinks: int = 4  # first tokens of the sequence, always kept
-    window: int = 128  # tokens just before the reading segment, always kept
+    window: int = 512  # tokens just before the reading segment, always kept
     tail: int = 64  # last queries of the prompt, which attend to everything
     # Queries of a reading segment that score the keys and measure the kept mass; a quarter are its last ones.
     num_probes: int = 16
@@ -62,12 +75,18 @@ class CsaSetting:
         nests = groups[:1] == (1,) and all(a >= 1 and b > a and b % a == 0 for a, b in pairwise(groups))
         in_unit = [value for row in self.floors or () for value in row]
         shares = [value for layer in self.densities or () for row in layer for value in row]
+        levels = {len(row) for layer in self.densities or () for row in layer}
         return [
             ("selector", self.selector in SELECTORS, f"is not known; use one of {', '.join(SELECTORS)}"),
             (
                 "segment_size",
                 self.segment_size >= 8 and self.segment_size % 8 == 0,
                 "must be a multiple of 8, at least 8; 512 to 2048 is usual",
+            ),
+            (
+                "max_segment_size",
+                self.max_segment_size is None or self.max_segment_size >= self.segment_size,
+                f"must be at least segment_size ({self.segment_size})",
             ),
             *((name, getattr(self, name) >= 0, "must be 0 or above") for name in _COUNTS),
             (
@@ -87,17 +106,18 @@ class CsaSetting:
             ),
             (
                 "degrees",
-                len(degrees) == len(groups) and degrees[0] == 1,
+                len(degrees) == len(groups) and degrees[:1] == (1,),
                 f"must be as many as group_sizes ({len(groups)}) and begin with 1, the own segment",
             ),
             ("degrees", all(d >= 1 for d in degrees), "must be at least 1: 1 keeps all keys, d every d-th"),
             (
                 "degrees",
-                self.selector not in ("strided", "dilated") or all(d == int(d) for d in degrees),
+                self.selector not in ("strided", "dilated") or all(d % 1 == 0 for d in degrees),
                 "must be integers where keys are taken by stride",
             ),
             ("floors", all(0 <= value <= 1 for value in in_unit), "must lie between 0 and 1"),
             ("densities", all(0 <= value <= 1 for value in shares), "must lie between 0 and 1"),
+            ("densities", levels <= {len(groups) - 1}, "must have one share for each level above 0"),
         ]
 
     @property
@@ -118,12 +138,41 @@ class CsaSetting:
             return self.densities[layer][kv_head][level - 1]
         return 1 / self.degrees[level]
 
+    def for_prompt(self, num_tokens: int) -> CsaSetting:
+        """This setting with the segments that a prompt of that length gets, whatever the number of ranks."""
+        size, largest = self.segment_size, self.max_segment_size or self.segment_size
+        while num_tokens > size**2 / SEGMENT_GROWTH and 2 * size <= largest:
+            size *= 2
+        return replace(self, segment_size=size, max_segment_size=None)
+
     def level_of(self, reader: int, segment: int) -> int:
         """The lowest level whose group holds both segments; the widest one where none does."""
         for level, size in enumerate(self.group_sizes):
             if reader // size == segment // size:
                 return level
         return len(self.group_sizes) - 1
+
+    @property
+    def expected_density(self) -> float:
+        """Share of far keys kept, before any prompt is seen: as measured, calibrated or set."""
+        if self.selector == "none":
+            return 0.0
+        if self.is_adaptive:
+            return 1.0 if self.floor == 1 and self.floors is None else ADAPTIVE_DENSITY
+        shares = [value for layer in self.densities or () for row in layer for value in row]
+        return fmean(shares) if shares else fmean(1 / degree for degree in self.degrees[1:])
+
+    @property
+    def break_even_tokens(self) -> int:
+        """The cost model of --attention auto: from this length on CSA is worth its approximation.
+
+        Per query exact attention reads s/2 keys; CSA reads G/2 of its own segment, the kept share of s/2, and
+        scores s/2 keys with m probes for G queries. It pays where that is a third of exact.
+        """
+        # For segments of the least size: larger ones come with prompts that are far beyond it.
+        scoring = PROBE_COST * self.num_probes / self.segment_size
+        spared = 1 / 3 - self.expected_density - scoring
+        return math.ceil(self.segment_size / spared) if spared > 0 else NEVER
 
     def levels_for(self, num_segments: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """(group_sizes, degrees) where the widest group is all segments, as `dilated` needs; else None."""
@@ -151,15 +200,28 @@ class CsaSetting:
                 )
 
 
+# In a file: how a value is called, and its shape.
+_TEXT, _INTEGER, _NUMBER = ("a string", str), ("an integer", int), ("a number", float)
+_JSON_TYPES: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(("name", "selector", "content_id"), _TEXT),
+    **dict.fromkeys(("segment_size", "num_sinks", "window", "tail", "num_probes"), _INTEGER),
+    "max_segment_size": _INTEGER,
+    "floor": _NUMBER,
+    "group_sizes": ("a list of integers", [int]),
+    "degrees": ("a list of numbers", [float]),
+    "floors": ("a list, by layer, of lists of numbers", [[float]]),
+    "densities": ("a list, by layer and KV head, of lists of numbers", [[[float]]]),
+}
+_MAY_BE_NULL = ("max_segment_size", "floor", "floors", "densities")
 _COUNTS = ("num_sinks", "window", "tail", "num_probes")
 
 PRESETS: dict[str, CsaSetting] = {
     setting.name: setting
     for setting in (
-        CsaSetting(name="default", floor=0.95),
-        CsaSetting(name="careful", floor=0.98),
-        CsaSetting(name="fast", floor=0.9),
-        CsaSetting(name="full", floor=1.0),
+        CsaSetting(name="default", floor=0.9, max_segment_size=2048),
+        CsaSetting(name="careful", floor=0.97, window=1024, max_segment_size=2048),
+        CsaSetting(name="fast", floor=0.8, window=256, max_segment_size=2048),
+        CsaSetting(name="full", floor=1.0, max_segment_size=2048),
         CsaSetting(name="local", selector="none", num_sinks=0, window=0),
         CsaSetting(
             name="strided", selector="strided", group_sizes=(1, 2, 4, 8), degrees=(1, 2, 4, 8), window=0
@@ -216,7 +278,20 @@ def _parse(content: Any, name: str) -> CsaSetting:
     unknown = sorted(set(content) - known)
     if unknown:
         raise ValueError(f"unknown keys {unknown}; known are {sorted(known)}")
+    for key, value in content.items():
+        wanted, shape = _JSON_TYPES[key]
+        if not (_fits(value, shape) or (value is None and key in _MAY_BE_NULL)):
+            raise ValueError(f"{key}={value!r} must be {wanted}")
     return CsaSetting(**{"name": name, **{key: _frozen(value) for key, value in content.items()}})
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    """Whether a JSON value is of `shape`: a type, or a list that holds the shape of its entries."""
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(entry, shape[0]) for entry in value)
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if shape is float else shape)
 
 
 def _frozen(value: Any) -> Any:

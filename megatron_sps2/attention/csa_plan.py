@@ -16,11 +16,17 @@ from megatron_sps2.parallel.layout import Segment, TokenLayout, by_segments, seg
 
 @dataclass(frozen=True)
 class CsaPlan:
-    """Segments are numbered over the whole prompt; a rank holds its own in rising order."""
+    """Segments are numbered over the whole prompt; a rank holds its own in rising order.
+
+    `setting` becomes the one for a prompt of this length.
+    """
 
     setting: CsaSetting
     num_tokens: int
     num_ranks: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "setting", self.setting.for_prompt(self.num_tokens))
 
     @cached_property
     def layout(self) -> TokenLayout:

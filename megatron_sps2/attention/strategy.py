@@ -43,7 +43,7 @@ def wants_csa(
     """
     if mode == "exact" or num_past or num_tokens <= setting.segment_size:
         return False
-    return mode == "csa" or num_tokens >= attention.csa_min_tokens
+    return mode == "csa" or num_tokens >= (attention.csa_min_tokens or setting.break_even_tokens)
 
 
 def csa_strategy(setting: CsaSetting) -> str:
@@ -54,5 +54,5 @@ def lay_out(strategy: str, num_tokens: int, sp_size: int, setting: CsaSetting | 
     """Where a prompt's tokens lie; `setting` is CSA's."""
     if strategy == "csa":
         assert setting is not None, "csa without its setting"
-        return by_segments(num_tokens, sp_size, setting.segment_size)
+        return by_segments(num_tokens, sp_size, setting.for_prompt(num_tokens).segment_size)
     return LAYOUTS[strategy](num_tokens, sp_size)

@@ -69,6 +69,72 @@ def add_doctor(commands: Commands, name: str) -> None:
     _finish(parser)
 
 
+def add_csa(commands: Commands, name: str) -> None:
+    parser = _command(
+        commands, name, "find CSA budgets for a model, or draw what a CSA setting costs and saves"
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _add_calibrate(actions, "calibrate")
+    _add_csa_report(actions, "report")
+
+
+def _add_calibrate(actions: Commands, name: str) -> None:
+    parser = _command(actions, name, "choose budgets by layer and KV head that keep a share of the attention")
+    _add_measured_text(parser)
+    parser.add_argument(
+        "--floor",
+        type=float,
+        default=0.95,
+        metavar="X",
+        help="share of the attention to keep, the mean over queries that had no part in choosing keys",
+    )
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="pieces of the text to run (default: as many as fit, to 4)"
+    )
+    parser.add_argument(
+        "--segment-size",
+        type=int,
+        default=PRESETS["default"].segment_size,
+        metavar="N",
+        help="tokens of a segment, a multiple of 8",
+    )
+    parser.add_argument(
+        "--budget",
+        choices=("adaptive", "fixed"),
+        default="adaptive",
+        help="adaptive: floors, which keep as many keys as a prompt needs; fixed: shares of keys by distance",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help=f"where to write (default: {CALIBRATION_NAME} in the checkpoint's folder)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the file that is there")
+    _finish_alone(parser)
+
+
+def _add_csa_report(actions: Commands, name: str) -> None:
+    parser = _command(actions, name, "measure settings on a text; write images and one HTML page")
+    _add_measured_text(parser)
+    _add_csa_setting(parser)
+    parser.add_argument(
+        "--sp",
+        type=int,
+        default=8,
+        dest="num_ranks",
+        metavar="P",
+        help="sequence-parallel ranks to count bytes for; the run itself is on one",
+    )
+    parser.add_argument(
+        "--settings",
+        default="fast,default,careful,strided,local",
+        metavar="A,B,C",
+        help="presets or JSON files to compare, beside --csa-setting and the checkpoint's own calibration",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write to")
+    _finish_alone(parser)
+
+
 def check_size_flags(args: argparse.Namespace, model: ModelConfig) -> None:
     """Raises ValueError for ranks or lengths that do not fit the model."""
     parallel_config(args).check_model(model)
@@ -185,18 +251,13 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         help="how a prompt attends: exact to all tokens, csa to those its setting keeps, auto exact below "
         "--csa-min-tokens and csa from there on",
     )
-    group.add_argument(
-        "--csa-setting",
-        metavar="NAME|FILE",
-        help=f"a preset ({', '.join(PRESETS)}) or a JSON file (default: {CALIBRATION_NAME} beside the "
-        "checkpoint where there is one, else the preset default)",
-    )
+    _add_csa_setting(group)
     group.add_argument(
         "--csa-min-tokens",
         type=int,
-        default=8192,
         metavar="N",
-        help="where --attention auto begins to use CSA",
+        help="where --attention auto begins to use CSA (default: where its attention should take a third of "
+        "exact's time)",
     )
     group.add_argument(
         "--strategy",
@@ -218,6 +279,21 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="a collective that takes longer ends the run; a rank that dies is noticed at once",
     )
+
+
+def _add_csa_setting(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--csa-setting",
+        metavar="NAME|FILE",
+        help=f"a preset ({', '.join(PRESETS)}) or a JSON file (default: {CALIBRATION_NAME} beside the "
+        "checkpoint where there is one, else the preset default)",
+    )
+
+
+def _add_measured_text(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser, required=True)
+    parser.add_argument("--text", required=True, metavar="FILE", help="a UTF-8 text file to measure on")
+    parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="tokens of a prompt")
 
 
 def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
@@ -267,6 +343,16 @@ def _finish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="TOML file of these flags, such as sp = 2; the command line wins"
     )
+    _add_log_level(parser)
+
+
+def _finish_alone(parser: argparse.ArgumentParser) -> None:
+    """Of a command that measures on one rank of the CPU."""
+    _add_log_level(parser)
+    parser.set_defaults(sp=1, tp=1, device="cpu", timeout_s=300.0)
+
+
+def _add_log_level(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="on stderr"
     )

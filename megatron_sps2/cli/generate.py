@@ -68,7 +68,7 @@ def engine_config(args: argparse.Namespace, max_model_len: int) -> EngineConfig:
         checkpoint=args.checkpoint,
         parallel=parallel_config(args),
         attention=attention_config(args),
-        csa=csa_setting(args),
+        csa=csa_setting(args) if args.attention != "exact" else None,
         dtype=args.dtype,
         max_model_len=max_model_len,
         block_size=args.block_size,

@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": arguments.add_chat,
     "convert": arguments.add_convert,
     "doctor": arguments.add_doctor,
+    "csa": arguments.add_csa,
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from megatron_sps2.attention.core import SequenceParallelAttention, StepContext
 from megatron_sps2.attention.kv_cache import KVCache
 from megatron_sps2.config import AttentionConfig, CacheConfig, DType, ParallelConfig
-from megatron_sps2.csa_setting import PRESETS, CsaSetting
+from megatron_sps2.csa_setting import CsaSetting
 from megatron_sps2.engine.block_manager import BlockManager
 from megatron_sps2.engine.csa_reporter import CsaReporter
 from megatron_sps2.engine.engine import Engine
@@ -40,8 +40,8 @@ class EngineConfig:
     checkpoint: str
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    # What CSA keeps, of requests that run with it.
-    csa: CsaSetting = PRESETS["default"]
+    # What CSA keeps; with None no request can run with it, and the cache needs no room for its layout.
+    csa: CsaSetting | None = None
     dtype: DType = "float32"
     # Tokens of one request at most (prompt and answer); the cache is sized for it unless `cache` is given.
     max_model_len: int = 4096
@@ -59,13 +59,19 @@ class EngineConfig:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
 
+        if self.attention.mode != "exact" and self.csa is None:
+            raise ValueError(
+                f"attention mode {self.attention.mode!r} needs a CSA setting; give csa=PRESETS['default']"
+            )
+
     def sized_cache(self) -> CacheConfig:
         """The cache as given, or one for max_num_seqs requests of max_model_len tokens over all shards."""
         if self.cache:
             return self.cache
         per_request = -(-self.max_model_len // self.parallel.sp_size)
-        if self.attention.mode != "exact":  # CSA lays out whole segments, so ranks differ by up to two
-            per_request = min(self.max_model_len, per_request + 2 * self.csa.segment_size)
+        if self.csa is not None:  # CSA lays out whole segments, so ranks differ by up to two
+            largest = self.csa.for_prompt(self.max_model_len).segment_size
+            per_request = min(self.max_model_len, per_request + 2 * largest)
         blocks = -(-per_request // self.block_size) + 1
         return CacheConfig(num_blocks=blocks * self.max_num_seqs, block_size=self.block_size)
 
@@ -79,7 +85,8 @@ def build_engine(config: EngineConfig) -> Engine:
     compare_ranks(config)
     model = load_model_config(config.checkpoint)
     config.parallel.check_model(model)
-    config.csa.check_model(model, read_manifest(config.checkpoint).content_id)
+    if config.csa is not None:
+        config.csa.check_model(model, read_manifest(config.checkpoint).content_id)
     groups = ParallelGroups.create(config.parallel, timeout=timedelta(seconds=config.timeout_s))
     context = StepContext()
     forward = load_gpt(

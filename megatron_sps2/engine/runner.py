@@ -69,7 +69,7 @@ class Runner:
         overlap: bool,
         device: torch.device | str,
         replica: Wire,
-        csa: CsaSetting,
+        csa: CsaSetting | None,
         tp_rank: int,
     ) -> None:
         self._forward, self._cache, self._context = forward, cache, context

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_sps2.attention.strategy import choose_strategy, csa_strategy, lay_out, wants_csa
 from megatron_sps2.config import AttentionConfig, KVCacheFull, ModelConfig, ParallelConfig
-from megatron_sps2.csa_setting import PRESETS, CsaSetting
+from megatron_sps2.csa_setting import CsaSetting
 from megatron_sps2.engine.block_manager import BlockManager
 from megatron_sps2.engine.plan import DecodeToken, NewPrompt, PrefillPiece, StepPlan
 from megatron_sps2.engine.request import FinishReason, Request
@@ -35,7 +35,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         layers_per_piece: int | None = None,
-        csa: CsaSetting = PRESETS["default"],
+        csa: CsaSetting | None = None,
     ) -> None:
         self._model, self._parallel, self._attention, self._blocks = model, parallel, attention, blocks
         self._csa = csa
@@ -57,6 +57,11 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Raises ValueError for a request that fits not even an empty cache, or not the chosen strategy."""
+        if request.attention != "exact" and self._csa is None:
+            raise ValueError(
+                f"attention={request.attention!r} on an engine without CSA; build it with a setting "
+                "(EngineConfig.csa, --attention auto)"
+            )
         needed, cache = max(self._blocks_of(request)), self._blocks.config
         if needed > cache.num_blocks:
             raise ValueError(
@@ -113,7 +118,7 @@ class Scheduler:
 
     def _strategy_of(self, request: Request) -> str:
         num_new = len(request.prompt_ids)
-        if wants_csa(request.attention, self._attention, self._csa, num_new, request.num_past):
+        if self._csa and wants_csa(request.attention, self._attention, self._csa, num_new, request.num_past):
             return csa_strategy(self._csa)
         return self.exact_strategy(request)
 
