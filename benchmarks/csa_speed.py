@@ -96,8 +96,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--sp", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--density", type=float, default=0.1, help="of the random model's fixed budgets")
-    parser.add_argument("--segment-size", type=int, default=1024)
+    parser.add_argument(
+        "--density", type=float, default=0.03, help="share of keys kept by score, of the random model"
+    )
+    parser.add_argument("--segment-size", type=int, default=512)
+    parser.add_argument("--max-segment-size", type=int, default=2048)
     parser.add_argument("--probes", type=int, default=16)
     parser.add_argument("--checkpoint", help="a real model")
     parser.add_argument("--text", help="its prompt")
@@ -108,7 +111,11 @@ def _setting(args: argparse.Namespace) -> CsaSetting:
     if args.checkpoint:
         return load_setting(args.csa_setting)
     return CsaSetting(
-        name="fixed", segment_size=args.segment_size, num_probes=args.probes, degrees=(1, 1 / args.density)
+        name="fixed",
+        segment_size=args.segment_size,
+        max_segment_size=args.max_segment_size,
+        num_probes=args.probes,
+        degrees=(1, 1 / args.density),
     )
 
 
@@ -153,7 +160,7 @@ def _measure(ours: Ours, ids: list[int], dtype: str, args: argparse.Namespace) -
     return Row(
         dtype=dtype,
         tokens=len(ids),
-        segment_size=args.segment_size,
+        segment_size=_setting(args).for_prompt(len(ids)).segment_size,
         exact_s=statistics.median(answer.times.ttft for answer in exact),
         csa_s=statistics.median(answer.times.ttft for answer in csa),
         density=reports[-1].density,

@@ -35,6 +35,7 @@ SETTINGS = {
     "strided": CsaSetting(selector="strided", group_sizes=(1, 2, 4), degrees=(1, 2, 5), **SHAPE),
     "fixed": CsaSetting(group_sizes=(1, 2, 4), degrees=(1, 3, 7), num_probes=4, **SHAPE),
     "adaptive": CsaSetting(floor=0.8, num_probes=4, **SHAPE),
+    "growing": CsaSetting(floor=0.8, num_probes=4, max_segment_size=64, **SHAPE),
     "none": CsaSetting(selector="none", num_probes=0, **SHAPE),
 }
 # 16 segments and a short one: zigzag. 5 segments: contiguous on 3 and 4 ranks. 1 segment: nobody reads.

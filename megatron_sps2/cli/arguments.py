@@ -99,6 +99,13 @@ def _add_calibrate(actions: Commands, name: str) -> None:
         help="tokens of a segment, a multiple of 8",
     )
     parser.add_argument(
+        "--window",
+        type=int,
+        default=PRESETS["default"].window,
+        metavar="N",
+        help="tokens just before a segment that are kept whatever the budgets",
+    )
+    parser.add_argument(
         "--budget",
         choices=("adaptive", "fixed"),
         default="adaptive",

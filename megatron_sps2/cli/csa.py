@@ -60,9 +60,9 @@ def _check_calibrate(args: argparse.Namespace) -> None:
 def _base(args: argparse.Namespace) -> CsaSetting:
     from megatron_sps2.engine.calibration import base_setting
 
-    return base_setting(
-        PRESETS["default"], args.floor, adaptive=args.budget == "adaptive", segment_size=args.segment_size
-    )
+    shape = replace(PRESETS["default"], window=args.window)
+    is_adaptive = args.budget == "adaptive"
+    return base_setting(shape, args.floor, adaptive=is_adaptive, segment_size=args.segment_size)
 
 
 def _calibration_file(args: argparse.Namespace) -> Path:
@@ -186,12 +186,14 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _print_trade_off(found: TradeOff, page: Path) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     from megatron_sps2.cli.csa_plots import COLUMNS, rows
 
-    table = Table(title=f"beside exact attention: perplexity {found.exact_perplexity:.3f}")
+    # Narrow enough for 80 columns.
+    table = Table(title="CSA beside exact attention", box=SIMPLE_HEAD, pad_edge=False)
     for column in COLUMNS:
         table.add_column(column, no_wrap=True)
     for row in rows(found):

@@ -46,7 +46,15 @@ def base_setting(setting: CsaSetting, floor: float, *, adaptive: bool, segment_s
         raise ValueError(
             f"floor={floor} must lie above 0 and at most at 1: it is the share of attention kept"
         )
-    shape = replace(setting, name=f"calibrated-{floor:g}", segment_size=segment_size, selector="scored")
+    # Other segments than the usual ones are as wished; distances of fixed budgets are counted in segments.
+    grows = adaptive and segment_size == setting.segment_size
+    shape = replace(
+        setting,
+        name=f"calibrated-{floor:g}",
+        selector="scored",
+        segment_size=segment_size,
+        max_segment_size=setting.max_segment_size if grows else None,
+    )
     if adaptive:
         return replace(shape, floor=floor)
     return replace(shape, floor=None, group_sizes=GROUP_SIZES, degrees=(1,) * len(GROUP_SIZES))
@@ -54,10 +62,11 @@ def base_setting(setting: CsaSetting, floor: float, *, adaptive: bool, segment_s
 
 def check_length(setting: CsaSetting, num_tokens: int, model: ModelConfig) -> None:
     """Raises ValueError for samples in which nothing can be measured."""
-    least = setting.segment_size + setting.tail + setting.num_probes + 1
+    segment_size = setting.for_prompt(num_tokens).segment_size
+    least = segment_size + setting.tail + setting.num_probes + 1
     if not least <= num_tokens <= model.max_seq_len:
         raise ValueError(
-            f"samples of {num_tokens} tokens: must be {least} (a segment of {setting.segment_size}, queries "
+            f"samples of {num_tokens} tokens: must be {least} (a segment of {segment_size}, queries "
             f"that read it, and the exact tail) to {model.max_seq_len} (what the model allows)"
         )
 
