@@ -24,12 +24,13 @@ if not __package__:  # Run as a file: the packages lie beside this file's folder
 from benchmarks import texts
 from benchmarks.accuracy_compare import Comparison, Row, cut_windows, make_tasks
 from benchmarks.accuracy_plot import draw, table
-from benchmarks.accuracy_prefill import Prefill, make_prefill
-from benchmarks.accuracy_run import Decoder, lone_trial
+from benchmarks.accuracy_run import lone_trial
 from benchmarks.accuracy_settings import parse_settings
 from megatron_sps2.config import DTYPES
 from megatron_sps2.csa_setting import CsaSetting
 from megatron_sps2.engine.tokenizer import load_tokenizer
+from megatron_sps2.engine.trial import Trial
+from megatron_sps2.engine.trial_prefill import Prefill, make_prefill
 from megatron_sps2.model.manifest import read_manifest
 
 Settings = dict[str, CsaSetting | None]
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace, settings: Settings) -> list[Row]:
     return rows
 
 
-def prepare(args: argparse.Namespace, trial: Decoder) -> Comparison:
+def prepare(args: argparse.Namespace, trial: Trial) -> Comparison:
     """Reads texts, makes tasks, and runs exact attention. Raises ValueError for texts that are too short."""
     tokenizer, num_prompt = load_tokenizer(args.checkpoint), args.tokens - args.continuation
     fillers = {Path(name).stem: texts.load(name, args.cache.expanduser()) for name in args.text}

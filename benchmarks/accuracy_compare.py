@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.accuracy_prefill import Cost, ExactPrefill, Prefill
-from benchmarks.accuracy_run import Decoder, continuation_logits, greedy
+from benchmarks.accuracy_run import continuation_logits, greedy
 from benchmarks.tasks import TASKS, Task, pass_key, score
 from megatron_sps2.engine.tokenizer import Tokenizer
+from megatron_sps2.engine.trial import Trial
+from megatron_sps2.engine.trial_prefill import Cost, ExactPrefill, Prefill
 
 Row = dict[str, Any]
 MakePrefill = Callable[[int], Prefill]  # by the prompt's tokens
@@ -47,7 +48,7 @@ class Followed:
 class Comparison:
     """What every setting is measured on; exact attention has run over the windows once it is made."""
 
-    trial: Decoder
+    trial: Trial
     tokenizer: Tokenizer
     num_prompt: int
     windows: list[Window]

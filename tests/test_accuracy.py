@@ -17,8 +17,7 @@ from torch import Tensor
 from benchmarks.accuracy import main
 from benchmarks.accuracy_compare import Comparison, Window, cut_windows, make_tasks
 from benchmarks.accuracy_plot import draw, table
-from benchmarks.accuracy_prefill import CsaPrefill, ExactPrefill, PaperPrefill, make_prefill
-from benchmarks.accuracy_run import AnswerStep, Decoder, continuation_logits, greedy, lone_trial
+from benchmarks.accuracy_run import continuation_logits, greedy, lone_trial
 from benchmarks.accuracy_settings import parse_settings
 from benchmarks.tasks import Task
 from megatron_sps2.attention.core import SequenceParallelAttention, StepContext
@@ -26,6 +25,8 @@ from megatron_sps2.config import AttentionConfig, ParallelConfig
 from megatron_sps2.csa_setting import PRESETS, CsaSetting
 from megatron_sps2.engine.build import EngineConfig, assemble
 from megatron_sps2.engine.tokenizer import load_tokenizer
+from megatron_sps2.engine.trial import AnswerStep, Trial
+from megatron_sps2.engine.trial_prefill import CsaPrefill, ExactPrefill, PaperPrefill, make_prefill
 from megatron_sps2.model.checkpoint import load_gpt
 from megatron_sps2.parallel.groups import ParallelGroups
 from megatron_sps2.parallel.traffic import CSA_COLLECTIVES
@@ -255,7 +256,7 @@ def served(checkpoint: Path, name: str, sp_size: int, ids: list[int], skipped: b
     return run_ranks(sp_size, serve, config, prompts, skipped)
 
 
-def all_logits(trial: Decoder, ids: list[int], prefill: CsaPrefill | PaperPrefill) -> Tensor:
+def all_logits(trial: Trial, ids: list[int], prefill: CsaPrefill | PaperPrefill) -> Tensor:
     """[s, v]"""
     return trial.logits(trial.hidden(ids, AnswerStep(len(ids), prefill)))
 

@@ -18,8 +18,9 @@ from megatron_sps2.config import ModelConfig
 from megatron_sps2.csa_setting import PRESETS, CsaSetting, load_setting, save_setting
 from megatron_sps2.engine import calibration
 from megatron_sps2.engine.calibration import Calibration, base_setting, calibrate, check_length
-from megatron_sps2.engine.trade_off import TradeOff, compare, csa_run
+from megatron_sps2.engine.trade_off import TradeOff, compare
 from megatron_sps2.engine.trial import ExactStep, Trial
+from megatron_sps2.engine.trial_prefill import csa_run
 from megatron_sps2.model.manifest import load_model_config
 from tests.ranks import run_ranks
 from tests.tiny_llama import prompt, save_hf_llama

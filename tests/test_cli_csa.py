@@ -167,7 +167,7 @@ def test_budgets_of_another_model_are_refused(
     [
         (("--sp", 0), "--sp 0 must be at least 1"),
         (("--settings", "fast,none-such"), "'none-such' is no preset"),
-        (("--settings", "paper"), "'paper' has no segments of its own"),
+        (("--csa-setting", "paper"), "'paper' has no budgets to draw"),
         (("--tokens", 16384), "--tokens 16384 and a continuation of 256 are more than the model's 16384"),
         (("--text", "/no/such.txt"), "--text /no/such.txt is not a file"),
         (("--out", __file__), "is a file; give a folder"),

@@ -134,7 +134,7 @@ def _add_csa_report(actions: Commands, name: str) -> None:
     )
     parser.add_argument(
         "--settings",
-        default="fast,default,careful,strided,local",
+        default="fast,default,careful,strided,local,paper",
         metavar="A,B,C",
         help="presets or JSON files to compare, beside --csa-setting and the checkpoint's own calibration",
     )

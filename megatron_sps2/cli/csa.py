@@ -130,11 +130,12 @@ def _check_report(args: argparse.Namespace) -> None:
         raise ValueError(f"--sp {args.num_ranks} must be at least 1")
     for setting in _settings(args):
         setting.check_model(manifest.model, manifest.content_id)
-        if setting.selector == "dilated":
-            raise ValueError(
-                f"--settings: {setting.name!r} has no segments of its own; benchmarks/accuracy.py measures it"
-            )
-        check_length(setting, args.tokens, manifest.model)
+        if setting.selector != "dilated":
+            check_length(setting, args.tokens, manifest.model)
+    if _settings(args)[0].selector == "dilated":
+        raise ValueError(
+            f"--csa-setting {_settings(args)[0].name!r} has no budgets to draw; name it in --settings"
+        )
     if args.tokens + NUM_CONTINUATION > manifest.model.max_seq_len:
         raise ValueError(
             f"--tokens {args.tokens} and a continuation of {NUM_CONTINUATION} are more than the model's "
@@ -152,7 +153,7 @@ def _settings(args: argparse.Namespace) -> list[CsaSetting]:
     calibrated = Path(args.checkpoint) / CALIBRATION_NAME
     if calibrated.is_file():
         others.append(load_setting(calibrated))
-    return list({setting.name: setting for setting in [*others[::-1], drawn]}.values())[::-1]
+    return [drawn, *{other.name: other for other in others if other.name != drawn.name}.values()]
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -60,6 +60,7 @@ def write_report(folder: Path, found: TradeOff, facts: Facts) -> Path:
     """Writes the images and the page, which it returns; the heat maps are of the first setting."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = found.settings[0]
+    assert drawn.report is not None, "the first setting has budgets"
     figures = {
         "density.png": _heat_map(
             drawn.report.density_table, f"far keys kept, setting {drawn.name}", "viridis"

@@ -6,6 +6,7 @@ No cache, no scheduler, no sampling: hidden states and logits. Knows a world of 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,6 +28,29 @@ class ExactStep:
         return attend(q, k, v, scale=q.shape[3] ** -0.5, diagonal=0)[0]
 
 
+@dataclass(slots=True)
+class AnswerStep:
+    """Attention of a prompt's tokens by `prefill`, and of all that follow exactly over every key so far."""
+
+    num_prompt: int
+    prefill: AttentionStep
+    _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [s, 1, n, d], k and v [s, 1, n_kv, d] -> [s, 1, n, d]; the whole prompt comes first."""
+        past = 0
+        if layer in self._kept:
+            past = len(self._kept[layer][0])
+            k, v = (torch.cat([old, new]) for old, new in zip(self._kept[layer], (k, v), strict=True))
+        self._kept[layer] = k, v
+        split = max(0, self.num_prompt - past)
+        parts = [self.prefill.attend(layer, q[:split], k[:split], v[:split])] if split else []
+        if split < len(q):
+            exact = attend(q[split:], k, v, scale=q.shape[3] ** -0.5, diagonal=past + split)
+            parts.append(exact[0])
+        return torch.cat(parts)
+
+
 class Trial:
     """Runs token ids through all layers; needs an initialised torch.distributed world of one rank."""
 
@@ -46,10 +70,13 @@ class Trial:
         return self._forward.model
 
     @torch.inference_mode()
-    def hidden(self, token_ids: list[int], step: AttentionStep) -> Tensor:
-        """Hidden states after the last layer, [s, 1, h]; `step` sees every layer's Q, K and V."""
+    def hidden(self, token_ids: list[int], step: AttentionStep, first: int = 0) -> Tensor:
+        """Hidden states after the last layer, [s, 1, h], of tokens at positions first, first + 1, ...
+
+        `step` sees every layer's Q, K and V.
+        """
         hidden = self._forward.embed(torch.tensor(token_ids)[:, None])
-        angles = self._forward.angles(torch.arange(len(token_ids)))
+        angles = self._forward.angles(torch.arange(first, first + len(token_ids)))
         self._context.step = step
         for layer in range(self._forward.num_layers):
             hidden = self._forward.layer(layer, hidden, angles)

@@ -5,6 +5,7 @@ Computes what P ranks would compute and counts what they would send. Knows a mod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +35,23 @@ class Cost:
     bytes_ratio: float
     kept_mass: float | None  # None where nothing probes
     density: float
+
+
+def csa_run(
+    setting: CsaSetting,
+    num_tokens: int,
+    model: ModelConfig,
+    observe: Callable[[int, range, int, Tensor], None] | None = None,
+) -> CsaRun:
+    """For one prompt in a world of one rank."""
+    return CsaRun(
+        plan=CsaPlan(setting, num_tokens, 1),
+        wire=Wire(world_axis(), Ledger()),
+        scale=model.head_dim**-0.5,
+        overlap=False,
+        tally=CsaTally(model.num_layers, model.num_query_groups),
+        observe=observe,
+    )
 
 
 class Prefill(Protocol):
@@ -66,14 +84,7 @@ class CsaPrefill:
         self._ranks = VirtualRanks(
             setting=setting, num_tokens=num_tokens, num_ranks=sp_size, model=model, element_size=element_size
         )
-        self._run = CsaRun(
-            plan=CsaPlan(setting, num_tokens, 1),
-            wire=Wire(world_axis(), Ledger()),
-            scale=model.head_dim**-0.5,
-            overlap=False,
-            tally=CsaTally(model.num_layers, model.num_query_groups),
-            observe=self._ranks.observe,
-        )
+        self._run = csa_run(setting, num_tokens, model, self._ranks.observe)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return csa(q, k, v, self._run, layer)
