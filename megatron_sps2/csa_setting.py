@@ -25,9 +25,11 @@ CALIBRATION_NAME = "sps2_csa.json"
 ADAPTIVE_DENSITY = 0.15
 PROBE_COST = 2.8
 NEVER = 2**62
-# Segments of G tokens double where a prompt is longer than G^2 over this: a query reads G/2 keys of its own
-# segment and scoring costs it PROBE_COST * num_probes * s / 2G, which are about equal there.
-SEGMENT_GROWTH = 40
+# Prompts of up to 14 segments keep the least size; each doubling serves prompts 2^2.5 times as long. By cost
+# alone it would begin later (a query reads G/2 own keys, scoring takes PROBE_COST * num_probes * s / 2G), but
+# larger segments see more of their past and fewer of them mean fewer bytes.
+FIRST_DOUBLING = 14
+LATER_DOUBLINGS = 2**2.5
 
 Table = tuple[tuple[float, ...], ...]
 
@@ -46,7 +48,7 @@ class CsaSetting:
     # widest group, groups double (or grow by the next factor) and degrees equal them.
     selector: Selector = "scored"
     segment_size: int = 512  # tokens; a multiple of 8
-    # Segments double up to this where prompts are long (512: above 6,553 and 26,214 tokens); None: never.
+    # Segments double up to this where prompts are long (512: above 7,168 and 40,548 tokens); None: never.
     max_segment_size: int | None = None
     num_sinks: int = 4  # first tokens of the sequence, always kept
     window: int = 512  # tokens just before the reading segment, always kept
@@ -141,8 +143,9 @@ class CsaSetting:
     def for_prompt(self, num_tokens: int) -> CsaSetting:
         """This setting with the segments that a prompt of that length gets, whatever the number of ranks."""
         size, largest = self.segment_size, self.max_segment_size or self.segment_size
-        while num_tokens > size**2 / SEGMENT_GROWTH and 2 * size <= largest:
-            size *= 2
+        limit: float = FIRST_DOUBLING * size
+        while num_tokens > limit and 2 * size <= largest:
+            size, limit = 2 * size, limit * LATER_DOUBLINGS
         return replace(self, segment_size=size, max_segment_size=None)
 
     def level_of(self, reader: int, segment: int) -> int:

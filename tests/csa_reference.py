@@ -76,11 +76,12 @@ def csa_by_definition(
 
 
 def _segment_size(num_tokens: int, setting: CsaSetting) -> int:
-    """Sizes double up to the largest one, each while the prompt is longer than its square over 40."""
-    size = setting.segment_size
-    while 2 * size <= (setting.max_segment_size or 0) and 40 * num_tokens > size * size:
-        size *= 2
-    return size
+    """Sizes double up to the largest one: above 14 of the first, then each time above 2^2.5 as many tokens."""
+    sizes = [setting.segment_size]
+    while 2 * sizes[-1] <= (setting.max_segment_size or 0):
+        sizes.append(2 * sizes[-1])
+    passed = sum(num_tokens > 14 * sizes[0] * 2 ** (2.5 * i) for i in range(len(sizes) - 1))
+    return sizes[passed]
 
 
 def _share_of_probes(q: Tensor, k: Tensor, rows: list[int], setting: CsaSetting, scale: float) -> Tensor:

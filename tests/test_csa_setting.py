@@ -220,7 +220,7 @@ def test_a_setting_without_tables_fits_every_model() -> None:
 
 def test_segments_double_with_the_prompt_up_to_the_largest() -> None:
     setting = CsaSetting(max_segment_size=2048)
-    lengths = (1, 6553, 6554, 26214, 26215, 104857, 104858, 10**6)
+    lengths = (1, 7168, 7169, 40548, 40549, 229376, 229377, 10**6)
     sizes = [setting.for_prompt(length).segment_size for length in lengths]
     assert sizes == [512, 512, 1024, 1024, 2048, 2048, 2048, 2048]
     assert CsaSetting(max_segment_size=1500).for_prompt(10**6).segment_size == 1024, "always a doubling"
