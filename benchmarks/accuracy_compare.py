@@ -131,8 +131,11 @@ def summarise(followed: list[Followed]) -> Row:
 def cut_windows(text: str, ids: list[int], num_tokens: int, num_samples: int) -> list[Window]:
     """`num_samples` stretches from evenly spread places. Raises ValueError for a text that is too short."""
     room = len(ids) - num_tokens
-    if room < 0:
-        raise ValueError(f"text {text!r} has {len(ids)} tokens, --tokens is {num_tokens}; give a longer text")
+    if len(ids) < num_samples * num_tokens:
+        raise ValueError(
+            f"text {text!r} has {len(ids)} tokens, {num_samples} samples of {num_tokens} would overlap; give "
+            "a longer text or fewer --samples"
+        )
     starts = [room * (2 * i + 1) // (2 * num_samples) for i in range(num_samples)]
     return [Window(text, ids[start : start + num_tokens]) for start in starts]
 

@@ -116,11 +116,10 @@ class AttentionConfig:
     """How a prompt attends across sp ranks (method.md sections 3 and 4)."""
 
     # Of requests that do not say. exact: to all tokens; csa: to those that its setting keeps; auto: exact
-    # below csa_min_tokens, csa from there on
+    # below csa_min_tokens, csa from there on.
     mode: AttentionMode = "exact"
-    # (None: where CSA's cost model expects it to pay).
+    # None: where CSA's cost model expects it to pay.
     csa_min_tokens: int | None = None
-
     # Of exact attention. auto: pass_q onto a cached context, ulysses where KV heads divide by sp_size, else
     # pass_kv.
     strategy: PrefillStrategy = "auto"

@@ -163,7 +163,9 @@ class CsaSetting:
         if self.is_adaptive:
             return 1.0 if self.floor == 1 and self.floors is None else ADAPTIVE_DENSITY
         shares = [value for layer in self.densities or () for row in layer for value in row]
-        return fmean(shares) if shares else fmean(1 / degree for degree in self.degrees[1:])
+        # A dilated level samples its queries too.
+        power = 2 if self.selector == "dilated" else 1
+        return fmean(shares) if shares else fmean(degree**-power for degree in self.degrees[1:])
 
     @property
     def break_even_tokens(self) -> int:
@@ -173,7 +175,7 @@ class CsaSetting:
         scores s/2 keys with m probes for G queries. It pays where that is a third of exact.
         """
         # For segments of the least size: larger ones come with prompts that are far beyond it.
-        scoring = PROBE_COST * self.num_probes / self.segment_size
+        scoring = PROBE_COST * self.num_probes / self.segment_size if self.selector != "dilated" else 0.0
         spared = 1 / 3 - self.expected_density - scoring
         return math.ceil(self.segment_size / spared) if spared > 0 else NEVER
 
@@ -268,10 +270,6 @@ def choose_setting(wanted: str | None, checkpoint: str | Path) -> CsaSetting:
 
 def save_setting(setting: CsaSetting, path: Path) -> None:
     path.write_text(json.dumps(asdict(setting), indent=1) + "\n", encoding="utf-8")
-
-
-def with_segment_size(setting: CsaSetting, segment_size: int) -> CsaSetting:
-    return replace(setting, segment_size=segment_size)
 
 
 def _parse(content: Any, name: str) -> CsaSetting:

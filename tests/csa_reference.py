@@ -76,7 +76,7 @@ def csa_by_definition(
 
 
 def _segment_size(num_tokens: int, setting: CsaSetting) -> int:
-    """Sizes double up to the largest one: above 14 of the first, then each time above 2^2.5 as many tokens."""
+    """Sizes double up to the largest: above 14 of the first, then each time above 2^2.5 as many tokens."""
     sizes = [setting.segment_size]
     while 2 * sizes[-1] <= (setting.max_segment_size or 0):
         sizes.append(2 * sizes[-1])

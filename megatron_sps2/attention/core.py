@@ -112,16 +112,17 @@ class PrefillStep:
         ledger, num_ranks = self.wire.ledger, self.layout.num_ranks
         groups, degrees = run.plan.setting.levels_for(num_ranks) or paper_levels(num_ranks)
         sent = ledger.total_sent
-        out = dilated(
-            *(q, k, v),
-            layout=self.layout,
-            wire=self.wire,
-            scale=self.scale,
-            group_sizes=groups,
-            degrees=degrees,
-            first_kv_head=self.first_kv_head,
-            overlap=self.overlap,
-        )
+        with run.spans("far"):  # near and far at once, exchange included
+            out = dilated(
+                *(q, k, v),
+                layout=self.layout,
+                wire=self.wire,
+                scale=self.scale,
+                group_sizes=groups,
+                degrees=degrees,
+                first_kv_head=self.first_kv_head,
+                overlap=self.overlap,
+            )
         run.tally.bytes_sent += ledger.total_sent - sent
         lengths = self.layout.tokens_per_rank
         for head in range(k.shape[2]):

@@ -7,7 +7,6 @@ A head chunk is selected and fetched between the parts of the attention of the o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -25,15 +24,19 @@ def csa(q: Tensor, k: Tensor, v: Tensor, run: CsaRun, layer: int) -> Tensor:
     assert q.shape[1] == 1, "CSA takes one prompt at a time"
     sent = run.wire.ledger.total_sent
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    chunks = [HeadChunk.cut(run, layer, heads, q, k, v) for heads in kv_chunks(k.shape[2], run.overlap)]
-    keys = [KeptKeys(chunk) for chunk in chunks]
-    _finish(keys[0].fetch())
-    for chunk, kept, following in zip_longest(chunks, keys, keys[1:]):
-        ahead = following.fetch() if following else iter(())
+    # Made as they come and dropped once attended: two are alive at a time.
+    chunks = (HeadChunk.cut(run, layer, heads, q, k, v) for heads in kv_chunks(k.shape[2], run.overlap))
+    kept = KeptKeys(next(chunks))
+    _finish(kept.fetch())
+    for chunk in chunks:
+        following = KeptKeys(chunk)
+        ahead = following.fetch()
         next(ahead, None)
-        for _ in _attend(chunk, kept, out):
+        for _ in _attend(kept, out):
             next(ahead, None)
         _finish(ahead)
+        kept = following
+    _finish(_attend(kept, out))
     if run.plan.setting.tail:
         with run.spans("tail"):
             _attend_tail(q, k, v, out, run)
@@ -46,8 +49,9 @@ def _finish(stages: Iterator[None]) -> None:
         pass
 
 
-def _attend(chunk: HeadChunk, kept: KeptKeys, out: Tensor) -> Iterator[None]:
-    """Fills the chunk's heads of out [s/P, 1, n, d], segment by segment; pauses between them."""
+def _attend(kept: KeptKeys, out: Tensor) -> Iterator[None]:
+    """Fills a chunk's heads of out [s/P, 1, n, d], segment by segment; pauses between them."""
+    chunk = kept.chunk
     plan, spans = chunk.run.plan, chunk.run.spans
     for segment in plan.held[chunk.run.rank]:
         start = chunk.offset(segment)
@@ -58,7 +62,7 @@ def _attend(chunk: HeadChunk, kept: KeptKeys, out: Tensor) -> Iterator[None]:
         with spans("local"):
             own, own_lse = _attend_own(chunk, rows)
         with spans("far"):
-            _attend_far(chunk, kept, segment, rows, own, own_lse, place)
+            _attend_far(kept, segment, rows, own, own_lse, place)
         yield
 
 
@@ -70,9 +74,10 @@ def _attend_own(chunk: HeadChunk, rows: slice) -> tuple[Tensor, Tensor]:
 
 
 def _attend_far(
-    chunk: HeadChunk, kept: KeptKeys, segment: int, rows: slice, own: Tensor, own_lse: Tensor, place: Tensor
+    kept: KeptKeys, segment: int, rows: slice, own: Tensor, own_lse: Tensor, place: Tensor
 ) -> None:
     """Own (out, lse) merged with attention to the kept keys, which are all in the past, into `place`."""
+    chunk = kept.chunk
     for head in range(len(chunk.heads)):
         queries = slice(head * chunk.group, (head + 1) * chunk.group)
         found = kept.of(segment, head)

@@ -23,7 +23,7 @@ class KeptKeys:
     """What this rank's readers keep of all earlier segments, for one head chunk."""
 
     def __init__(self, chunk: HeadChunk) -> None:
-        self._chunk, self._run, self._plan = chunk, chunk.run, chunk.run.plan
+        self.chunk, self._run, self._plan = chunk, chunk.run, chunk.run.plan
         self._selection = Selection(chunk)
         # By reader on this rank: [n_kv, earlier segments, G].
         self._kept: dict[int, Tensor] = {}
@@ -32,7 +32,7 @@ class KeptKeys:
 
     def fetch(self) -> Iterator[None]:
         """Selects keys and brings those of other ranks; pauses wherever a message is under way."""
-        spans, chunk = self._run.spans, self._chunk
+        spans, chunk = self._run.spans, self.chunk
         yield from self._selection.choose()
         with spans("selection"):
             bits = self._send_bits()
@@ -64,7 +64,7 @@ class KeptKeys:
     def _send_bits(self) -> Handle[list[list[Tensor]]]:
         """To each reader's rank, what it keeps of the keys here."""
         plan, me, kept = self._plan, self._run.rank, self._selection.kept
-        num_heads, num_bytes = len(self._chunk.heads), plan.setting.segment_size // 8
+        num_heads, num_bytes = len(self.chunk.heads), plan.setting.segment_size // 8
         outgoing = [
             [sparsity.pack_bits(kept[reader]) for reader in plan.readers_of(rank) if reader in kept]
             if rank != me
@@ -75,7 +75,7 @@ class KeptKeys:
             [(num_heads, plan.num_past(rank, reader), num_bytes) for reader in self._reading(rank)]
             for rank in self._run.ranks
         ]
-        like = self._chunk.q.new_empty(0, dtype=torch.uint8)
+        like = self.chunk.q.new_empty(0, dtype=torch.uint8)
         return exchange_lists(self._run.wire, "csa_index", outgoing, shapes, like)
 
     def _reading(self, rank: int) -> list[int]:
@@ -87,8 +87,8 @@ class KeptKeys:
         """Fills `_kept` from the parts of all ranks."""
         plan, me, size = self._plan, self._run.rank, self._plan.setting.segment_size
         for reader in plan.readers_of(me):
-            shape = len(self._chunk.heads), reader, size
-            self._kept[reader] = torch.empty(shape, dtype=torch.bool, device=self._chunk.q.device)
+            shape = len(self.chunk.heads), reader, size
+            self._kept[reader] = torch.empty(shape, dtype=torch.bool, device=self.chunk.q.device)
         for rank, tensors in enumerate(arrived):
             readers = self._reading(rank)
             parts = (
@@ -124,7 +124,7 @@ class KeptKeys:
     def _union(self, masks: list[Tensor]) -> list[Tensor]:
         """Masks [n_kv, m, G] of any m -> by head the places that any of them keeps."""
         if not masks:
-            return [torch.empty(0, dtype=torch.int64, device=self._chunk.q.device) for _ in self._chunk.heads]
+            return [torch.empty(0, dtype=torch.int64, device=self.chunk.q.device) for _ in self.chunk.heads]
         union = torch.zeros_like(max(masks, key=lambda mask: mask.shape[1]))
         for mask in masks:
             union[:, : mask.shape[1]] |= mask

@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What CSA does with its time; exchange is waiting for others, all of it that computing does not hide.
+# What CSA does with its time. exchange is waiting for other ranks, for their data or because they are late,
+# as far as computing does not hide it; the tail's two small exchanges are in tail.
 CSA_SPANS = ("selection", "exchange", "local", "far", "tail")
 
 

@@ -41,7 +41,7 @@ def wants_csa(
     A prompt of one segment has no far keys, and one that follows a cached context is exact: CSA has no place
     for it.
     """
-    if mode == "exact" or num_past or num_tokens <= setting.segment_size:
+    if mode == "exact" or num_past or num_tokens <= setting.for_prompt(num_tokens).segment_size:
         return False
     return mode == "csa" or num_tokens >= (attention.csa_min_tokens or setting.break_even_tokens)
 
@@ -56,3 +56,18 @@ def lay_out(strategy: str, num_tokens: int, sp_size: int, setting: CsaSetting | 
         assert setting is not None, "csa without its setting"
         return by_segments(num_tokens, sp_size, setting.for_prompt(num_tokens).segment_size)
     return LAYOUTS[strategy](num_tokens, sp_size)
+
+
+def most_uneven(setting: CsaSetting, num_tokens: int, sp_size: int) -> int:
+    """Tokens that a rank may hold beyond an even share of a prompt of at most num_tokens.
+
+    CSA lays out whole segments; a prompt of a whole number of them is the most uneven of its kind, but for a
+    last one that is nearly empty.
+    """
+    strategy, found, length = csa_strategy(setting), 0, 0
+    while length < num_tokens:
+        length = min(length + setting.for_prompt(length).segment_size, num_tokens)
+        for tokens in (length, min(length + 1, num_tokens)):
+            most = max(lay_out(strategy, tokens, sp_size, setting).tokens_per_rank)
+            found = max(found, most - tokens // sp_size)
+    return found

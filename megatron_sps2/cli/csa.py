@@ -153,7 +153,16 @@ def _settings(args: argparse.Namespace) -> list[CsaSetting]:
     calibrated = Path(args.checkpoint) / CALIBRATION_NAME
     if calibrated.is_file():
         others.append(load_setting(calibrated))
-    return [drawn, *{other.name: other for other in others if other.name != drawn.name}.values()]
+    return _named_apart([drawn, *others])
+
+
+def _named_apart(settings: list[CsaSetting]) -> list[CsaSetting]:
+    """Each once; of different ones with one name the later get a number."""
+    found: list[CsaSetting] = []
+    for setting in dict.fromkeys(settings):
+        same = sum(other.name.split(" #")[0] == setting.name for other in found)
+        found.append(replace(setting, name=f"{setting.name} #{same + 1}") if same else setting)
+    return found
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -49,7 +49,8 @@ def check_flags(args: argparse.Namespace) -> None:
     model = manifest.model
     check_size_flags(args, model)
     sampling_params(args)
-    csa_setting(args).check_model(model, manifest.content_id)
+    if args.attention != "exact" or args.csa_setting is not None:
+        csa_setting(args).check_model(model, manifest.content_id)
     choose_strategy(
         attention_config(args).strategy,
         num_heads=model.num_attention_heads // args.tp,

@@ -15,6 +15,7 @@ import torch
 
 from megatron_sps2.attention.core import SequenceParallelAttention, StepContext
 from megatron_sps2.attention.kv_cache import KVCache
+from megatron_sps2.attention.strategy import most_uneven
 from megatron_sps2.config import AttentionConfig, CacheConfig, DType, ParallelConfig
 from megatron_sps2.csa_setting import CsaSetting
 from megatron_sps2.engine.block_manager import BlockManager
@@ -69,9 +70,9 @@ class EngineConfig:
         if self.cache:
             return self.cache
         per_request = -(-self.max_model_len // self.parallel.sp_size)
-        if self.csa is not None:  # CSA lays out whole segments, so ranks differ by up to two
-            largest = self.csa.for_prompt(self.max_model_len).segment_size
-            per_request = min(self.max_model_len, per_request + 2 * largest)
+        if self.csa is not None:
+            uneven = most_uneven(self.csa, self.max_model_len, self.parallel.sp_size)
+            per_request = min(self.max_model_len, per_request + uneven)
         blocks = -(-per_request // self.block_size) + 1
         return CacheConfig(num_blocks=blocks * self.max_num_seqs, block_size=self.block_size)
 

@@ -115,7 +115,8 @@ def _at_least(mass: Tensor, ascending: Tensor, first: Tensor) -> Tensor:
     size = mass.shape[1]
     least = ascending.gather(1, first.clamp(max=size - 1).unsqueeze(1))
     least = least.masked_fill(first.unsqueeze(1) >= size, torch.inf)
-    return mass >= least
+    # Mass that rounds to 0 is equal for thousands of keys: none of them is among the best.
+    return (mass >= least) & ((mass > 0) | (first == 0).unsqueeze(1))
 
 
 def _ascending(x: Tensor) -> Tensor:
