@@ -95,7 +95,7 @@ def cut_samples(token_ids: list[int], num_tokens: int, num_samples: int | None) 
     if not 0 < wanted <= fitting:
         raise ValueError(
             f"the text has {len(token_ids)} tokens, too short for {max(1, wanted)} samples of {num_tokens}; "
-            "give a longer --text, or fewer --tokens or --samples"
+            "give a longer text or ask for fewer"
         )
     step = len(token_ids) // wanted
     return [token_ids[start : start + num_tokens] for start in range(0, wanted * step, step)]
