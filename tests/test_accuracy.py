@@ -167,7 +167,9 @@ def test_settings_are_named_and_changed_on_the_command_line() -> None:
 def test_windows_are_spread_evenly_over_a_text() -> None:
     windows = cut_windows("t", list(range(100)), 10, 3)
     assert [window.ids for window in windows] == [list(range(s, s + 10)) for s in (15, 45, 75)]
-    assert cut_windows("t", list(range(10)), 10, 2)[1].ids == list(range(10))
+    assert cut_windows("t", list(range(10)), 10, 1)[0].ids == list(range(10))
+    with pytest.raises(ValueError, match="'t' has 19 tokens, 2 samples of 10 would overlap"):
+        cut_windows("t", list(range(19)), 10, 2)
 
 
 def test_needles_lie_at_even_depths_and_texts_take_turns(tmp_path: Path) -> None:
