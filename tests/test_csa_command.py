@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 
 from megatron_sps2.cli.main import main
-from megatron_sps2.config import ParallelConfig
+from megatron_sps2.config import AttentionConfig, ParallelConfig, SamplingParams
 from megatron_sps2.csa_setting import CALIBRATION_NAME, PRESETS, save_setting
+from megatron_sps2.engine.block_manager import BlockManager
 from megatron_sps2.engine.build import EngineConfig
+from megatron_sps2.engine.request import Request
+from megatron_sps2.engine.scheduler import Scheduler
 from megatron_sps2.engine.tokenizer import load_tokenizer
 from tests.ranks import run_ranks
 from tests.sharded_run import Prompt, logits_error, run_everything
 from tests.sps2_command import answer, make_checkpoint, sps2, write_ids
-from tests.test_csa_engine import CSA, SMALL
+from tests.test_csa_engine import CSA, MODEL, SMALL
 
 
 @pytest.mark.model
@@ -119,3 +122,14 @@ def test_exact_attention_does_not_mind_a_calibration_that_it_does_not_use(
         assert main(["generate", *map(str, asked), "--attention", "csa"]) == 2
     finally:
         beside.unlink()
+
+
+def test_an_engine_without_csa_refuses_a_request_for_it() -> None:
+    config = EngineConfig(checkpoint="", max_model_len=64)
+    blocks = BlockManager(config.sized_cache(), 1)
+    scheduler = Scheduler(MODEL, config.parallel, config.attention, blocks, max_num_seqs=1)
+    request = Request(request_id=0, prompt_ids=(1,), params=SamplingParams(max_tokens=5), attention="csa")
+    with pytest.raises(ValueError, match="attention='csa' on an engine without CSA; build it with a setting"):
+        scheduler.add(request)
+    with pytest.raises(ValueError, match="'auto' needs a CSA setting"):
+        EngineConfig(checkpoint="", attention=AttentionConfig(mode="auto"))

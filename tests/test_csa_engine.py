@@ -390,14 +390,3 @@ def test_the_cache_has_room_for_any_prompt_of_max_model_len(
         except ValueError as error:
             refused.append((num_ranks, length, setting.segment_size, str(error)))
     assert refused[:3] == []
-
-
-def test_an_engine_without_csa_refuses_a_request_for_it() -> None:
-    config = EngineConfig(checkpoint="", max_model_len=64)
-    blocks = BlockManager(config.sized_cache(), 1)
-    scheduler = Scheduler(MODEL, config.parallel, config.attention, blocks, max_num_seqs=1)
-    request = Request(request_id=0, prompt_ids=(1,), params=SamplingParams(max_tokens=5), attention="csa")
-    with pytest.raises(ValueError, match="attention='csa' on an engine without CSA; build it with a setting"):
-        scheduler.add(request)
-    with pytest.raises(ValueError, match="'auto' needs a CSA setting"):
-        EngineConfig(checkpoint="", attention=AttentionConfig(mode="auto"))
