@@ -220,3 +220,10 @@ def test_packed_bits_come_back(shape: tuple[int, ...]) -> None:
     packed = pack_bits(bits)
     assert packed.dtype == torch.uint8 and packed.shape == (*shape[:-1], shape[-1] // 8)
     assert torch.equal(unpack_bits(packed), bits)
+
+
+def test_keys_without_mass_are_not_among_the_best() -> None:
+    """Shares of very distant keys round to 0, thousands at a time: all would tie for the last place."""
+    mass = torch.zeros(2, 16)
+    mass[:, 3:6] = torch.tensor([0.1, 0.3, 0.2])
+    assert best(mass, [8, 16]).sum(1).tolist() == [3, 16]

@@ -15,11 +15,11 @@ from megatron_sps2.attention.csa import CsaRun, csa
 from megatron_sps2.attention.csa_plan import CsaPlan
 from megatron_sps2.attention.csa_tally import CsaReport, CsaTally, add_up
 from megatron_sps2.attention.dilated import dilated_bytes
-from megatron_sps2.attention.strategy import csa_strategy
-from megatron_sps2.config import ModelConfig, ParallelConfig
+from megatron_sps2.attention.strategy import csa_strategy, wants_csa
+from megatron_sps2.config import AttentionConfig, ModelConfig, ParallelConfig
 from megatron_sps2.csa_setting import CsaSetting
 from megatron_sps2.engine.csa_bytes import VirtualRanks
-from megatron_sps2.ops.attend import attend
+from megatron_sps2.engine.trial import ExactStep
 from megatron_sps2.ops.dilated import dilated_attention, dilated_pairs, paper_levels
 from megatron_sps2.parallel.collectives import Wire
 from megatron_sps2.parallel.groups import world_axis
@@ -66,9 +66,8 @@ class Prefill(Protocol):
         ...
 
 
-class ExactPrefill:
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, scale=q.shape[3] ** -0.5, diagonal=0)[0]
+class ExactPrefill(ExactStep):
+    """Causal attention to everything."""
 
     def cost(self) -> Cost:
         return Cost(1.0, 1.0, 1.0)
@@ -160,7 +159,7 @@ def make_prefill(
     setting: CsaSetting | None, num_tokens: int, sp_size: int, model: ModelConfig, element_size: int = 4
 ) -> Prefill:
     """For one prompt; None is exact, and so is a prompt of one segment, as in the engine."""
-    if setting is None or num_tokens <= setting.segment_size:
+    if setting is None or not wants_csa("csa", AttentionConfig(), setting, num_tokens, 0):
         return ExactPrefill()
     kind = PaperPrefill if csa_strategy(setting) == "dilated" else CsaPrefill
     return kind(setting, num_tokens, sp_size, model, element_size)

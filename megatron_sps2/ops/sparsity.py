@@ -86,10 +86,12 @@ def strided(positions: Tensor, degrees: Sequence[float], kv_head: int) -> Tensor
 
 
 def best(mass: Tensor, counts: Sequence[int]) -> Tensor:
-    """The counts[i] keys of segment i with the most mass, and all equals of the last: `[m, G]` -> bool."""
-    segment_size = mass.shape[1]
-    kept = torch.tensor(counts, device=mass.device)
-    return _from_rank(mass, segment_size - kept)
+    """The counts[i] keys of segment i with the most mass, and all equals of the last: `[m, G]` -> bool.
+
+    Keys without any mass are kept only where counts[i] is all of them.
+    """
+    first = mass.shape[1] - torch.tensor(counts, device=mass.device)
+    return _at_least(mass, _ascending(mass), first)
 
 
 def above_floor(mass: Tensor, floor: float, num_segments: int) -> Tensor:
@@ -104,10 +106,6 @@ def above_floor(mass: Tensor, floor: float, num_segments: int) -> Tensor:
     ascending = _ascending(mass)
     dropped = (ascending.cumsum(1, dtype=torch.float64) <= allowed).sum(1)
     return _at_least(mass, ascending, dropped)
-
-
-def _from_rank(mass: Tensor, first: Tensor) -> Tensor:
-    return _at_least(mass, _ascending(mass), first)
 
 
 def _at_least(mass: Tensor, ascending: Tensor, first: Tensor) -> Tensor:
