@@ -1,4 +1,5 @@
 # make demo: a real model answers a question about a long text on two sequence-parallel ranks of this machine.
+# make serve: the same model behind an HTTP API on port 8000 (PORT=N), with a live page at /.
 # make test: everything that CI runs. Both need Python 3.11 and make, and repeat nothing that is there already.
 
 SHELL := /bin/bash
@@ -17,10 +18,13 @@ GGUF := $(SPS2_CACHE)/$(MODEL).Q4_1.gguf
 CHECKPOINT := $(SPS2_CACHE)/$(MODEL)
 CONVERTED := $(CHECKPOINT)/latest_checkpointed_iteration.txt
 
-.PHONY: help venv venv-test model demo lint test clean
+PORT ?= 8000
+
+.PHONY: help venv venv-test model demo serve lint test clean
 
 help:
 	@echo "make demo   set up, fetch SmolLM2, answer a question about a long text on 2 ranks"
+	@echo "make serve  set up, fetch SmolLM2, serve it on 2 ranks: http://127.0.0.1:$(PORT)/"
 	@echo "make test   set up, fetch SmolLM2, lint, types, import floors, tests"
 	@echo "make venv | venv-test | model | lint | clean"
 
@@ -51,6 +55,9 @@ $(CONVERTED): | $(GGUF)
 demo: venv model
 	$(BIN)/sps2 generate --checkpoint "$(CHECKPOINT)" --sp 2 --chat --prompt-file examples/prompt.txt \
 		--max-tokens 96 --temperature 0 --dtype float32 --report
+
+serve: venv model
+	$(BIN)/sps2 serve --checkpoint "$(CHECKPOINT)" --sp 2 --port $(PORT)
 
 lint: venv-test
 	$(BIN)/ruff check .

@@ -37,6 +37,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_sps2*", "checkpoints_tools*"]),
+    package_data={"megatron_sps2.server": ["page.html"]},
     install_requires=requirements("requirements.txt"),
     extras_require={"test": requirements("requirements-test.txt")},
     entry_points={"console_scripts": ["sps2 = megatron_sps2.cli.main:main"]},

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_sps2 import ParallelConfig, SamplingParams
+from megatron_sps2 import ParallelConfig, SamplingParams, ScheduleConfig
 from megatron_sps2.engine.build import EngineConfig, build_engine
 from megatron_sps2.engine.tokenizer import load_tokenizer
 from megatron_sps2.parallel.rank_env import RankEnv, init_process_group
@@ -23,7 +23,8 @@ def main(checkpoint: str) -> None:
     env = RankEnv.detect() or RankEnv.alone()
     init_process_group(env, "gloo", timedelta(minutes=5))
     parallel = ParallelConfig(sp_size=env.world_size)
-    engine = build_engine(EngineConfig(checkpoint=checkpoint, parallel=parallel, max_num_seqs=len(PROMPTS)))
+    schedule = ScheduleConfig(max_num_seqs=len(PROMPTS))
+    engine = build_engine(EngineConfig(checkpoint=checkpoint, parallel=parallel, schedule=schedule))
     if not engine.is_leader:
         engine.follow()
     else:

@@ -11,9 +11,16 @@ from typing import Literal
 
 PREFILL_STRATEGIES = ("auto", "ulysses", "pass_kv", "pass_q")
 ATTENTION_MODES = ("exact", "csa", "auto")
+POLICY_NAMES = ("sps2", "sarathi", "fcfs")
+PREEMPTION_MODES = ("recompute", "swap")
 DTYPES = ("float32", "bfloat16", "float16")
 
+# Likeliest tokens that are reported beside a chosen one, at most.
+MAX_LOGPROBS = 20
+
 PrefillStrategy = Literal["auto", "ulysses", "pass_kv", "pass_q"]
+PolicyName = Literal["sps2", "sarathi", "fcfs"]
+PreemptionMode = Literal["recompute", "swap"]
 AttentionMode = Literal["exact", "csa", "auto"]
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -148,8 +155,54 @@ class CacheConfig:
         return self.num_blocks * self.block_size
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleConfig:
+    """What runs when: the policy, its numbers, and what becomes of requests that must make room."""
+
+    policy: PolicyName = "sps2"
+    # Requests that are prefilling or running, at most.
+    max_num_seqs: int = 1
+    # sarathi: tokens of a step, the chunk size. fcfs: prompt tokens of a step, or one longer prompt.
+    # sps2: tokens of a batch of short prompts, on each rank.
+    max_num_batched_tokens: int = 2048
+    # sps2: prompts of at most so many tokens live wholly on one sp rank; 0: every prompt is spread.
+    short_prompt_tokens: int = 0
+    # sps2: milliseconds between two tokens of a running request to aim for; None: as short as can be.
+    tbt_slo_ms: float | None = None
+    # sps2: layers of a prefill between two of which others may run; None: by the time they take.
+    layers_per_piece: int | None = None
+    # Share of the blocks of a shard that a new request leaves free while others run, for their next tokens.
+    watermark: float = 0.01
+    preemption: PreemptionMode = "recompute"
+    # Full blocks of exact prompts can be found by later prompts that begin alike.
+    prefix_caching: bool = False
+
+    def __post_init__(self) -> None:
+        _require_choice("policy", self.policy, POLICY_NAMES)
+        _require_choice("preemption", self.preemption, PREEMPTION_MODES)
+        _require_positive(self, "max_num_seqs", "max_num_batched_tokens")
+        if self.layers_per_piece is not None:
+            _require_positive(self, "layers_per_piece")
+        if self.short_prompt_tokens < 0:
+            raise ValueError(f"short_prompt_tokens={self.short_prompt_tokens} must be 0 (none) or above")
+        if self.tbt_slo_ms is not None and not 0 < self.tbt_slo_ms < math.inf:
+            raise ValueError(f"tbt_slo_ms={self.tbt_slo_ms} must be a number of milliseconds above 0")
+        if self.policy == "sarathi" and self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs="
+                f"{self.max_num_seqs}; with policy 'sarathi' every running request decodes in every step, "
+                "raise the one or lower the other"
+            )
+        if not 0 <= self.watermark < 1:
+            raise ValueError(f"watermark={self.watermark} must be at least 0 and below 1")
+
+
 class KVCacheFull(RuntimeError):
     """No KV block is left where one is needed; nothing was allocated or written."""
+
+
+def _is_logprobs(count: int | None) -> bool:
+    return count is None or 0 <= count <= MAX_LOGPROBS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +222,8 @@ class SamplingParams:
     ignore_eos: bool = False
     # None: no logprobs; k: the chosen token's, and the k likeliest beside it.
     logprobs: int | None = None
+    # None: nothing of the prompt's tokens; k: the log-probability of each, and the k likeliest in its place.
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _require_positive(self, "max_tokens")
@@ -179,7 +234,8 @@ class SamplingParams:
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 and finite; 1 is off"),
-            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
+            "logprobs": (_is_logprobs(self.logprobs), f"between 0 and {MAX_LOGPROBS}"),
+            "prompt_logprobs": (_is_logprobs(self.prompt_logprobs), f"between 0 and {MAX_LOGPROBS}"),
         }
         for name, (holds, rule) in checks.items():
             if not holds:

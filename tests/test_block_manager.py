@@ -160,3 +160,40 @@ def test_most_blocks_is_never_passed_and_nearly_reached() -> None:
         held = blocks.blocks_per_rank(0)
         assert all(0 <= most - count <= 1 for most, count in zip(bound, held, strict=True))
         assert max(bound) == max(held)
+
+
+def test_a_token_goes_home_while_home_has_room() -> None:
+    blocks = manager(num_blocks=2)
+    blocks.allocate(0, [6, 0])
+    assert [blocks.append(0, home=0)[0] for _ in range(4)] == [0, 0, 1, 1]
+    assert blocks.append(0, home=None) == (1, None)
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_what_is_swapped_out_comes_back_in_as_many_blocks_when_there_is_room(prefix_caching: bool) -> None:
+    config = CacheConfig(num_blocks=4, block_size=4)
+    blocks = BlockManager(config, 2, prefix_caching=prefix_caching)
+    blocks.allocate(0, [9, 4])
+    blocks.append(0)
+    blocks.swap_out(0)
+    assert blocks.num_free_blocks == [4, 4] and blocks.holders == set()
+    blocks.allocate(1, [8, 0])
+    assert blocks.swap_in(0, spare=0) is None, "rank 0 has 2 blocks and 3 are needed"
+    blocks.free(1)
+    blocks.allocate(1, [1, 1])
+    assert blocks.swap_in(0, spare=1) is None and blocks.tokens_per_rank(0) == [0, 0]
+    granted = blocks.swap_in(0, spare=0)
+    assert granted is not None and [len(each) for each in granted] == [3, 2]
+    assert blocks.tokens_per_rank(0) == [9, 5]
+    blocks.swap_out(0)
+    blocks.free(0)
+    blocks.allocate(0, [1, 0])
+    assert blocks.tokens_per_rank(0) == [1, 0], "nothing is left of what was freed in host memory"
+
+
+def test_a_lost_block_is_counted() -> None:
+    blocks = manager()
+    blocks.allocate(0, [5, 1])
+    assert blocks.num_held_blocks == [2, 1] and blocks.num_lost_blocks == [0, 0]
+    blocks._free[1].pop()
+    assert blocks.num_lost_blocks == [0, 1]

@@ -127,7 +127,7 @@ def test_exact_attention_does_not_mind_a_calibration_that_it_does_not_use(
 def test_an_engine_without_csa_refuses_a_request_for_it() -> None:
     config = EngineConfig(checkpoint="", max_model_len=64)
     blocks = BlockManager(config.sized_cache(), 1)
-    scheduler = Scheduler(MODEL, config.parallel, config.attention, blocks, max_num_seqs=1)
+    scheduler = Scheduler(MODEL, config.parallel, config.attention, blocks)
     request = Request(request_id=0, prompt_ids=(1,), params=SamplingParams(max_tokens=5), attention="csa")
     with pytest.raises(ValueError, match="attention='csa' on an engine without CSA; build it with a setting"):
         scheduler.add(request)

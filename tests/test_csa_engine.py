@@ -14,7 +14,14 @@ from torch import Tensor
 from checkpoints_tools.convert import convert
 from megatron_sps2.attention.core import SequenceParallelAttention, StepContext
 from megatron_sps2.attention.csa_tally import CsaReport
-from megatron_sps2.config import AttentionConfig, AttentionMode, ModelConfig, ParallelConfig, SamplingParams
+from megatron_sps2.config import (
+    AttentionConfig,
+    AttentionMode,
+    ModelConfig,
+    ParallelConfig,
+    SamplingParams,
+    ScheduleConfig,
+)
 from megatron_sps2.csa_setting import PRESETS, CsaSetting
 from megatron_sps2.engine.block_manager import BlockManager
 from megatron_sps2.engine.build import EngineConfig, assemble
@@ -109,7 +116,7 @@ def serve(checkpoint: Path, parallel: ParallelConfig, jobs: dict[str, Job]) -> d
             attention=job.attention,
             csa=job.setting,
             max_model_len=max(job.lengths) + 2 * NUM_GENERATED + job.num_more,
-            max_num_seqs=len(job.lengths),
+            schedule=ScheduleConfig(max_num_seqs=len(job.lengths)),
             block_size=8,
         )
         engine = assemble(config, groups, forward, context)
@@ -381,7 +388,7 @@ def test_the_cache_has_room_for_any_prompt_of_max_model_len(
             block_size=4,
         )
         blocks = BlockManager(config.sized_cache(), num_ranks)
-        scheduler = Scheduler(MODEL, config.parallel, attention, blocks, max_num_seqs=1, csa=setting)
+        scheduler = Scheduler(MODEL, config.parallel, attention, blocks, csa=setting)
         params, ids = SamplingParams(max_tokens=5), (1,) * length
         request = Request(request_id=0, prompt_ids=ids, params=params, attention=asked or mode)
         try:

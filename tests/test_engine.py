@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from checkpoints_tools.convert import convert
-from megatron_sps2.config import CacheConfig, KVCacheFull, ParallelConfig, SamplingParams
+from megatron_sps2.config import CacheConfig, KVCacheFull, ParallelConfig, SamplingParams, ScheduleConfig
 from megatron_sps2.engine.build import EngineConfig, build_engine
-from megatron_sps2.engine.engine import Engine
+from megatron_sps2.engine.engine import Engine, _take_prompt_logprobs
 from megatron_sps2.engine.plan import StepPlan
 from megatron_sps2.engine.request import FinishReason, Request
 from megatron_sps2.engine.runner import StepResult
+from megatron_sps2.engine.sampler import SampledToken
 from tests.broken_wire import exchange_skipped
 from tests.ranks import run_ranks
 from tests.tiny_llama import VOCAB_SIZE, prompt, save_hf_llama
@@ -124,6 +125,17 @@ def stop_midway(engine: Engine) -> list[int]:
     return fourth.output_ids
 
 
+def abort_finished(engine: Engine) -> list[int]:
+    """An abort that comes too late: the blocks of the finished request go back all the same."""
+    request = engine.add_request(PROMPTS[2], GREEDY)
+    while request.finish_reason is None:
+        engine.step()
+    engine.abort(request)
+    finish_all(engine, [])
+    assert request.finish_reason is FinishReason.LENGTH
+    return engine.audit()
+
+
 def scenario(engine: Engine, eos: int) -> dict[str, Any]:
     """On rank 0: everything that is asked of the engine."""
     found: dict[str, Any] = {}
@@ -146,6 +158,7 @@ def scenario(engine: Engine, eos: int) -> dict[str, Any]:
     found["logprobs"] = request.output
     found["turns"] = two_turns(engine)
     found["stopped midway"] = stop_midway(engine)
+    found["aborted at its end"] = abort_finished(engine)
     found["refusals"] = refusals(engine)
     found["free"] = engine.blocks.num_free_blocks
     return found
@@ -204,7 +217,8 @@ def run_scenario(config: EngineConfig, eos: int) -> tuple[dict[str, Any], int, i
 
 def make_config(reference: Reference, grid: str, **more: Any) -> EngineConfig:
     sp_size, tp_size = GRIDS[grid]
-    values = {"max_model_len": 128, "max_num_seqs": 2, "block_size": 8, "layers_per_piece": 1, **more}
+    schedule = ScheduleConfig(max_num_seqs=more.pop("max_num_seqs", 2), layers_per_piece=1)
+    values = {"max_model_len": 128, "block_size": 8, "schedule": schedule, **more}
     return EngineConfig(
         checkpoint=reference.checkpoint, parallel=ParallelConfig(sp_size=sp_size, tp_size=tp_size), **values
     )
@@ -283,6 +297,11 @@ def test_later_turns_onto_the_kept_cache_equal_a_fresh_prefill(reference: Refere
 @each_grid
 def test_requests_ended_midway_leave_the_others_alone(reference: Reference, grid: str) -> None:
     assert findings(reference, grid)["stopped midway"] == reference.tokens[3]
+
+
+@each_grid
+def test_an_abort_after_the_end_gives_back_the_blocks(reference: Reference, grid: str) -> None:
+    assert set(findings(reference, grid)["aborted at its end"]) == {0}
 
 
 def test_prompts_that_cannot_be_served_are_refused_and_say_why(reference: Reference) -> None:
@@ -377,6 +396,17 @@ def test_poisoned_logits_end_their_own_request_only_and_a_small_cache_refuses(
     rules = "only a finished answer can be continued", "must begin with the newest token", "it was released"
     assert all(rule in said for rule, said in zip(rules, found["wrongly"], strict=True))
     assert "release one of" in found["full"][0] and found["full"][1] == reference.tokens[2][:1]
+
+
+def test_prompt_logprobs_of_chunks_that_are_cut_anew_after_a_preemption_have_no_gap() -> None:
+    request = Request(request_id=0, prompt_ids=tuple(range(10, 22)), params=GREEDY, num_past=7)
+    scored = [SampledToken(token_id) for token_id in request.prompt_ids[1:]]
+    for start, stop in ((0, 5), (5, 8), (0, 6), (6, 9), (9, 11), (11, 12)):  # of the prompt's tokens
+        _take_prompt_logprobs(request, request.num_past + start, scored[start:stop])
+    assert request.prompt_logprobs == [None, *scored]
+    request.output.append(SampledToken(99))  # Computed again, the answer is not the prompt's.
+    _take_prompt_logprobs(request, request.num_past, [*scored, SampledToken(99)])
+    assert request.prompt_logprobs == [None, *scored]
 
 
 def run_skipped(config: EngineConfig) -> list[int]:

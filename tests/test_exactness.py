@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from checkpoints_tools.convert import convert
-from megatron_sps2.config import DType, ParallelConfig
+from megatron_sps2.config import DType, ParallelConfig, ScheduleConfig
 from megatron_sps2.engine.build import EngineConfig
 from tests.ranks import run_ranks
 from tests.sharded_run import NUM_GENERATED, Prompt, gathered_logits, logits_error, run_everything
@@ -82,8 +82,8 @@ def test_logits_and_greedy_tokens_equal_transformers(
         checkpoint=str(want.checkpoint),
         parallel=ParallelConfig(sp_size=sp_size, tp_size=tp_size),
         max_model_len=max(LENGTHS) + NUM_GENERATED,
-        max_num_seqs=len(LENGTHS),
-        layers_per_piece=1,  # Prefills pause between their layers, and decodes run meanwhile.
+        # Prefills pause between their layers, and decodes run meanwhile.
+        schedule=ScheduleConfig(max_num_seqs=len(LENGTHS), layers_per_piece=1),
     )
     results = run_ranks(sp_size * tp_size, run_everything, config, want.prompts)
     assert logits_error(results, want.logits, want.prompts) < TOLERANCE
@@ -106,7 +106,7 @@ def test_every_strategy_gives_the_same_tokens(strategy: str, root: Path) -> None
         checkpoint=str(want.checkpoint),
         parallel=ParallelConfig(sp_size=2),
         max_model_len=max(LENGTHS) + NUM_GENERATED,
-        max_num_seqs=len(LENGTHS),
+        schedule=ScheduleConfig(max_num_seqs=len(LENGTHS)),
     )
     config = replace(config, attention=replace(config.attention, strategy=strategy))
     assert run_ranks(2, run_everything, config, want.prompts)[0].tokens == want.tokens
@@ -124,7 +124,7 @@ def test_half_precision_errs_no_more_than_transformers_does(dtype: DType, root: 
         parallel=ParallelConfig(sp_size=2),
         dtype=dtype,
         max_model_len=max(LENGTHS) + NUM_GENERATED,
-        max_num_seqs=len(LENGTHS),
+        schedule=ScheduleConfig(max_num_seqs=len(LENGTHS)),
     )
     results = run_ranks(2, run_everything, config, want.prompts, 2)
     ours = gathered_logits(results, want.logits, want.prompts)

@@ -116,3 +116,44 @@ def test_freed_blocks_serve_the_next_request() -> None:
 def test_bytes_of_a_token_count_k_and_v_of_all_layers() -> None:
     assert make_cache().bytes_per_token == 2 * LAYERS * HEADS * D * 4
     assert make_cache(dtype=torch.bfloat16).bytes_per_token == 2 * LAYERS * HEADS * D * 2
+
+
+def test_adopted_blocks_are_read_as_the_beginning_of_the_request_and_not_written() -> None:
+    cache = make_cache()
+    cache.grant(1, [3, 4])
+    written = rows(8), rows(8)
+    cache.write(0, cache.extend(1, 8), *written)
+    cache.adopt(2, [3, 4])
+    cache.grant(2, [7])
+    more = rows(2), rows(2)
+    runs = cache.extend(2, 2)
+    assert runs == [SlotRun(28, 30)], "after what is shared"
+    cache.write(0, runs, *more)
+    assert torch.equal(read_all(cache, 0, 2)[0], torch.cat([written[0], more[0]]))
+    assert (cache.num_tokens(2), cache.num_used_blocks) == (10, 5)
+    cache.free(1)
+    assert torch.equal(read_all(cache, 0, 2)[1], torch.cat([written[1], more[1]]))
+
+
+def test_what_was_swapped_out_comes_back_into_other_blocks() -> None:
+    cache = make_cache()
+    cache.grant(1, [0, 9])
+    written = [(rows(6), rows(6)) for _ in range(LAYERS)]
+    runs = cache.extend(1, 6)
+    for layer, both in enumerate(written):
+        cache.write(layer, runs, *both)
+    cache.swap_out(1)
+    assert (cache.num_tokens(1), cache.num_used_blocks) == (0, 0)
+    cache.grant(2, [0, 9])  # Somebody else fills them meanwhile.
+    cache.write(0, cache.extend(2, 8), rows(8), rows(8))
+    cache.swap_in(1, [12, 5])
+    for layer, (k, v) in enumerate(written):
+        found = read_all(cache, layer, 1)
+        assert torch.equal(found[0], k) and torch.equal(found[1], v)
+    assert len(cache.extend(1, 2)) == 1 and cache.num_used_blocks == 4
+    cache.swap_out(3)  # A rank may hold nothing of a request.
+    cache.swap_in(3, [])
+    assert cache.num_tokens(3) == 0
+    cache.swap_out(1)
+    cache.free(1)
+    assert cache._swapped == {}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from math import ceil
 
 import pytest
 
-from megatron_sps2.parallel.layout import TokenLayout, contiguous, cut, split_heads, zigzag
+from megatron_sps2.parallel.layout import TokenLayout, contiguous, cut, on_one_rank, split_heads, zigzag
 
 RANKS = range(1, 9)
 LENGTHS = [*range(40), 257, 1000]
@@ -121,3 +123,28 @@ def test_nine_heads_split_as_smollm2_needs_it() -> None:
     assert sizes(9, 3, 4) == [3, 2, 2, 2]
     assert sizes(9, 9, 2) == [5, 4]
     assert sizes(9, 9, 4) == [3, 2, 2, 2]
+
+
+@pytest.mark.parametrize("make", [contiguous, zigzag])
+def test_ranks_hold_whole_units_and_differ_by_one(make: Callable[[int, int, int], TokenLayout]) -> None:
+    for num_tokens, num_ranks, unit in itertools.product((0, 1, 5, 16, 33, 100), (1, 2, 3, 5), (1, 4, 7)):
+        layout = make(num_tokens, num_ranks, unit)
+        places = [place for rank in range(num_ranks) for place in layout.positions(rank)]
+        assert sorted(places) == list(range(num_tokens))
+        ends = {segment.stop for held in layout.segments for segment in held} - {num_tokens}
+        assert all(end % unit == 0 for end in ends)
+        units = [-(-count // unit) for count in layout.tokens_per_rank]
+        assert max(units) - min(units) <= 1 and max(units) == ceil(ceil(num_tokens / unit) / num_ranks)
+
+
+def test_a_turned_layout_gives_each_rank_what_another_had() -> None:
+    layout = zigzag(11, 3)
+    for turn in range(7):
+        turned = layout.turned(turn)
+        assert all(turned.positions((rank + turn) % 3) == layout.positions(rank) for rank in range(3))
+    assert layout.turned(0) == layout.turned(3) == layout
+
+
+def test_a_prompt_on_one_rank_is_on_no_other() -> None:
+    assert on_one_rank(9, 3, 1).tokens_per_rank == [0, 9, 0]
+    assert on_one_rank(9, 3, 1).find(4) == (1, 4)

@@ -73,3 +73,12 @@ def test_distant_lses_do_not_overflow() -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="must agree"):
         merge(torch.zeros(2, 4, 8), torch.zeros(2, 5))
+
+
+def test_a_part_that_is_not_a_number_is_never_dropped() -> None:
+    """Keys that are NaN give lse NaN; a merge that left such a part out would give a plausible wrong row."""
+    outs, lses = torch.zeros(2, 3, 4), torch.zeros(2, 3)
+    outs[0, 1], lses[0, 1] = torch.nan, torch.nan
+    out, lse = merge(outs, lses)
+    assert out[1].isnan().all() and lse[1].isnan()
+    assert out[[0, 2]].isfinite().all() and lse[[0, 2]].isfinite().all()

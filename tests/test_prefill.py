@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_sps2.attention.prefill import STRATEGIES, PrefillShape
-from megatron_sps2.attention.strategy import LAYOUTS, choose_strategy
+from megatron_sps2.attention.strategy import LOCAL, choose_strategy, lay_out
 from megatron_sps2.config import ModelConfig, ParallelConfig
 from megatron_sps2.parallel.collectives import Wire
 from megatron_sps2.parallel.groups import ParallelGroups
@@ -23,6 +23,7 @@ HEAD_DIM = 16
 SCALE = HEAD_DIM**-0.5
 # fp32 sums in another order over at most a few hundred keys.
 TOLERANCE = 2e-5
+SPREAD = [strategy for strategy in STRATEGIES if strategy != LOCAL]
 
 
 def whole_qkv(num_tokens: int, n: int, n_kv: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -42,8 +43,20 @@ def unsharded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.permute(2, 0, 1, 3)
 
 
+def layout_of(strategy: str, num_tokens: int, sp_size: int) -> TokenLayout:
+    """A local prompt lives on the last rank."""
+    return lay_out(strategy, num_tokens, sp_size, None, home=sp_size - 1 if strategy == LOCAL else None)
+
+
+def shard_of_past(strategy: str, num_past: int, rank: int, sp_size: int) -> slice:
+    """Of the tokens before the prompt: every P-th one, or all where a local prompt lives."""
+    if strategy == LOCAL:
+        return slice(0, num_past if rank == sp_size - 1 else 0)
+    return slice(rank, num_past, sp_size)
+
+
 def held(x: Tensor, layout: TokenLayout, rank: int) -> Tensor:
-    return torch.cat([x[segment.start : segment.stop] for segment in layout.segments[rank]])
+    return torch.cat([x[:0], *(x[segment.start : segment.stop] for segment in layout.segments[rank])])
 
 
 def prefill_error(
@@ -55,8 +68,8 @@ def prefill_error(
     worst = 0.0
     for num_tokens in lengths:
         q, k, v = whole_qkv(num_past + num_tokens, n, n_kv)
-        layout = LAYOUTS[strategy](num_tokens, axis.size)
-        old = slice(axis.rank, num_past, axis.size)
+        layout = layout_of(strategy, num_tokens, axis.size)
+        old = shard_of_past(strategy, num_past, axis.rank, axis.size)
         outs = []
         for overlap in (True, False):
             shape = PrefillShape(
@@ -87,9 +100,10 @@ def test_strategy_matches_unsharded_attention_and_its_pipeline_changes_no_bit(
     assert max(run_ranks(sp_size, prefill_error, strategy, n, n_kv, LENGTHS)) < TOLERANCE
 
 
+@pytest.mark.parametrize("strategy", ["pass_q", LOCAL])
 @pytest.mark.parametrize("sp_size", [1, 2, 3])
-def test_pass_q_prefills_onto_a_cached_context(sp_size: int) -> None:
-    assert max(run_ranks(sp_size, prefill_error, "pass_q", 6, 2, [1, 5, 40], 71)) < TOLERANCE
+def test_a_prompt_follows_a_cached_context(sp_size: int, strategy: str) -> None:
+    assert max(run_ranks(sp_size, prefill_error, strategy, 6, 2, [1, 5, 40], 71)) < TOLERANCE
 
 
 def test_control_without_exchange_a_cached_context_is_missed() -> None:
@@ -101,7 +115,7 @@ def pipeline_changes_a_bit(num_tokens: int, n: int, n_kv: int) -> list[str]:
     parallel = ParallelConfig(sp_size=torch.distributed.get_world_size())
     axis, found = ParallelGroups.create(parallel).sp, []
     for strategy, dtype in itertools.product(STRATEGIES, (torch.float32, torch.bfloat16)):
-        layout = LAYOUTS[strategy](num_tokens, axis.size)
+        layout = layout_of(strategy, num_tokens, axis.size)
         mine = [held(x, layout, axis.rank) for x in whole_qkv(num_tokens, n, n_kv, dtype)]
         shapes = [
             PrefillShape(layout=layout, wire=Wire(axis, Ledger()), scale=SCALE, overlap=overlap)
@@ -117,17 +131,22 @@ def test_the_pipeline_changes_no_bit_over_several_tiles_of_keys() -> None:
     assert run_ranks(2, pipeline_changes_a_bit, 4097, 9, 3) == [[], []]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", SPREAD)
 def test_control_without_exchange_the_result_is_wrong(strategy: str) -> None:
     errors = run_ranks(2, prefill_error, strategy, 8, 2, [64], 0, True)
     assert max(errors) > 100 * TOLERANCE
+
+
+def test_a_local_prompt_needs_no_exchange_and_sends_nothing() -> None:
+    assert max(run_ranks(2, prefill_error, LOCAL, 8, 2, [64], 71, True)) < TOLERANCE
+    assert run_ranks(2, prefill_bytes, LOCAL, 64, 8, 2, True) == [0, 0]
 
 
 def prefill_bytes(strategy: str, num_tokens: int, n: int, n_kv: int, overlap: bool) -> int:
     """On a rank: bytes sent by one prefill in bf16."""
     parallel = ParallelConfig(sp_size=torch.distributed.get_world_size())
     axis, ledger = ParallelGroups.create(parallel).sp, Ledger()
-    layout = LAYOUTS[strategy](num_tokens, axis.size)
+    layout = layout_of(strategy, num_tokens, axis.size)
     mine = [held(x, layout, axis.rank) for x in whole_qkv(num_tokens, n, n_kv, torch.bfloat16)]
     shape = PrefillShape(layout=layout, wire=Wire(axis, ledger), scale=SCALE, overlap=overlap)
     with ledger.phase("prefill"):
@@ -135,7 +154,7 @@ def prefill_bytes(strategy: str, num_tokens: int, n: int, n_kv: int, overlap: bo
     return ledger.total("prefill")
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", SPREAD)
 @pytest.mark.parametrize(("n", "n_kv", "sp_size"), [(4, 4, 2), (8, 4, 4), (9, 3, 2), (9, 3, 3), (6, 6, 4)])
 @pytest.mark.parametrize("overlap", [True, False])
 def test_bytes_sent_equal_the_formula(strategy: str, n: int, n_kv: int, sp_size: int, overlap: bool) -> None:

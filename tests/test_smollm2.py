@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from megatron_sps2.config import ParallelConfig
+from megatron_sps2.config import ParallelConfig, ScheduleConfig
 from megatron_sps2.engine.build import EngineConfig
 from megatron_sps2.engine.tokenizer import load_tokenizer
 from tests.ranks import run_ranks
@@ -53,7 +53,7 @@ def config_for(checkpoint: Path, tp_size: int, sp_size: int, max_model_len: int)
         checkpoint=str(checkpoint),
         parallel=ParallelConfig(sp_size=sp_size, tp_size=tp_size),
         max_model_len=max_model_len,
-        max_num_seqs=len(LENGTHS),
+        schedule=ScheduleConfig(max_num_seqs=len(LENGTHS)),
     )
 
 

@@ -5,6 +5,7 @@ What the step is (a prefill by some strategy, a decode batch) is set by the runn
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -57,6 +58,19 @@ class SequenceParallelAttention(torch.nn.Module):
         return step.attend(self._layer, query, key, value).flatten(2)
 
 
+@dataclass(frozen=True, slots=True)
+class BatchStep:
+    """Several prompts, and decodes, in one step: each attends by itself to its rows of this rank."""
+
+    parts: Sequence[AttentionStep]
+    num_rows: Sequence[int]  # of each part on this rank
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [s/P, 1, n, d], k and v [s/P, 1, n_kv, d], rows of all parts one after the other."""
+        rows = zip(*(x.split(list(self.num_rows)) for x in (q, k, v)), strict=True)
+        return torch.cat([part.attend(layer, *x) for part, x in zip(self.parts, rows, strict=True)])
+
+
 @dataclass(slots=True, kw_only=True)
 class PrefillStep:
     """Attention of one prompt's prefill. Creating it makes room in the cache for this rank's tokens."""
@@ -72,6 +86,10 @@ class PrefillStep:
     # Of CSA: its setting and this tp rank's first KV head in the whole model.
     setting: CsaSetting | None = None
     first_kv_head: int = 0
+    # The sp rank of a prompt that lives on one; ranks hold whole units of tokens (a KV block's size, or 1).
+    home: int | None = None
+    unit: int = 1
+    turn: int = 0  # by how many ranks the layout is turned
     layout: TokenLayout = field(init=False)
     csa: CsaRun | None = field(init=False, default=None)
     _past: list[SlotRun] = field(init=False)
@@ -79,7 +97,15 @@ class PrefillStep:
 
     def __post_init__(self) -> None:
         axis, cache = self.wire.axis, self.cache
-        self.layout = lay_out(self.strategy, self.num_tokens, axis.size, self.setting)
+        self.layout = lay_out(
+            self.strategy,
+            self.num_tokens,
+            axis.size,
+            self.setting,
+            unit=self.unit,
+            home=self.home,
+            turn=self.turn,
+        )
         self._past = cache.runs(self.request_id, 0, cache.num_tokens(self.request_id))
         self._new = cache.extend(self.request_id, self.layout.tokens_per_rank[axis.rank])
         if self.setting is not None and self.strategy in ("csa", "dilated"):

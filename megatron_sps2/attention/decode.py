@@ -23,12 +23,15 @@ class DecodeRow:
     request_id: int
     home: int
     kv_rank: int
+    # False: all of the request's KV, this token's too, lies on `home`, and nothing travels.
+    spread: bool = True
 
 
 @dataclass(slots=True, kw_only=True)
 class DecodeStep:
-    """Attention of one decode batch. Rows are sorted by home rank; blocks were granted before.
+    """Attention of one decode batch. Blocks were granted before.
 
+    Rows are sorted by home rank, and at a home the local ones come before those that are spread over ranks.
     Creating it makes room in the cache for the rows that are kept on this rank, once for all layers.
     """
 
@@ -36,57 +39,85 @@ class DecodeStep:
     wire: Wire
     rows: list[DecodeRow]
     scale: float
-    _kept: list[SlotRun] = field(init=False, default_factory=list)
-    _shards: list[list[SlotRun]] = field(init=False, default_factory=list)
+    _local: _Rows = field(init=False)
+    _spread: _Rows = field(init=False)
 
     def __post_init__(self) -> None:
-        homes = [row.home for row in self.rows]
-        assert homes == sorted(homes), f"decode rows are not sorted by home rank: {homes}"
+        order = [(row.home, row.spread) for row in self.rows]
+        assert order == sorted(order), f"decode rows are not sorted by home rank, local ones first: {order}"
         me = self.wire.axis.rank
+        local = [row for row in self.rows if not row.spread and row.home == me]
+        assert all(row.kv_rank == me for row in local), "a local row keeps its KV at home"
+        self._local = _Rows.make_room(self.cache, local, me)
         # Rows kept here arrive sorted by home rank, which is the order of `rows`.
-        self._kept = [
-            run for row in self.rows if row.kv_rank == me for run in self.cache.extend(row.request_id, 1)
-        ]
-        self._shards = [
-            self.cache.runs(row.request_id, 0, self.cache.num_tokens(row.request_id)) for row in self.rows
-        ]
+        self._spread = _Rows.make_room(self.cache, [row for row in self.rows if row.spread], me)
 
     @property
     def home_counts(self) -> list[int]:
         """Rows at home on each sp rank."""
-        homes = [row.home for row in self.rows]
-        return [homes.count(rank) for rank in range(self.wire.axis.size)]
+        return _count_homes(self.rows, self.wire.axis.size)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [b/P, 1, n, d], k and v [b/P, 1, n_kv, d] of the rows at home here -> [b/P, 1, n, d]."""
-        counts = self.home_counts
-        queries = gather_tokens(q[:, 0], self.wire, counts, "gather_queries")
-        self.cache.write(layer, self._kept, *self._take_kv(k[:, 0], v[:, 0]))
-        out, lse = self._attend_shards(layer, queries.wait())
-        outs, lses = return_partials(out, lse, self.wire, counts).wait()
-        return merge(outs, lses)[0].unsqueeze(1)
+        num_local = len(self._local.rows)
+        queries = None
+        if self._spread.rows:
+            counts = _count_homes(self._spread.rows, self.wire.axis.size)
+            queries = gather_tokens(q[num_local:, 0], self.wire, counts, "gather_queries")
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if num_local:
+            self.cache.write(layer, self._local.kept, k[:num_local, 0], v[:num_local, 0])
+            out[:num_local, 0] = self._attend_shards(layer, q[:num_local, 0], self._local)[0]
+        if queries is not None:
+            kept = self._take_kv(k[num_local:, 0], v[num_local:, 0])
+            self.cache.write(layer, self._spread.kept, *kept)
+            part, lse = self._attend_shards(layer, queries.wait(), self._spread)
+            outs, lses = return_partials(part, lse, self.wire, counts).wait()
+            out[num_local:, 0] = merge(outs, lses)[0]
+        return out
 
     def _take_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V of the rows at home here -> of the rows kept here; nothing travels if they are the same."""
-        if all(row.home == row.kv_rank for row in self.rows):
+        """K and V of the spread rows at home here -> of those kept here; nothing travels if all stay."""
+        rows = self._spread.rows
+        if all(row.home == row.kv_rank for row in rows):
             return k, v
         me, ranks = self.wire.axis.rank, range(self.wire.axis.size)
-        mine = [row.kv_rank for row in self.rows if row.home == me]
+        mine = [row.kv_rank for row in rows if row.home == me]
         order = sorted(range(len(mine)), key=lambda i: mine[i])
         sent = [mine.count(rank) for rank in ranks]
-        received = [sum(row.home == rank and row.kv_rank == me for row in self.rows) for rank in ranks]
+        received = [sum(row.home == rank and row.kv_rank == me for row in rows) for rank in ranks]
         both = torch.stack([k, v], dim=1)[order]  # [b/P, 2, n_kv, d], rows for rank 0 first
         k, v = route_rows(both, self.wire, sent, received, "move_new_kv").wait().unbind(dim=1)
         return k, v
 
-    def _attend_shards(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend_shards(self, layer: int, queries: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
         """[b, n, d] -> this rank's part: out [b, n, d], lse [b, n] fp32; row by row, as shards are ragged."""
         out = torch.zeros_like(queries)
         lse = queries.new_full(queries.shape[:2], float("-inf"), dtype=torch.float32)
-        for i, runs in enumerate(self._shards):
+        for i, runs in enumerate(rows.shards):
             if not runs:
                 continue
             k, v = self.cache.read(layer, runs)
             row_out, row_lse = attend(queries[i : i + 1, None], k, v, scale=self.scale, diagonal=None)
             out[i], lse[i] = row_out[0, 0], row_lse[0, 0]
         return out, lse
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Some rows, where their new K and V go on this rank, and what of each request lies here."""
+
+    rows: list[DecodeRow]
+    kept: list[SlotRun]
+    shards: list[list[SlotRun]]
+
+    @classmethod
+    def make_room(cls, cache: KVCache, rows: list[DecodeRow], me: int) -> _Rows:
+        kept = [run for row in rows if row.kv_rank == me for run in cache.extend(row.request_id, 1)]
+        shards = [cache.runs(row.request_id, 0, cache.num_tokens(row.request_id)) for row in rows]
+        return cls(rows, kept, shards)
+
+
+def _count_homes(rows: list[DecodeRow], num_ranks: int) -> list[int]:
+    homes = [row.home for row in rows]
+    return [homes.count(rank) for rank in range(num_ranks)]

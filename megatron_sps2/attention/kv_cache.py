@@ -25,6 +25,14 @@ class SlotRun:
         return self.stop - self.start
 
 
+@dataclass(frozen=True, slots=True)
+class _Swapped:
+    """A request's shard in host memory: of every layer k and v [s, n_kv, d]."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    num_tokens: int
+
+
 @dataclass(slots=True)
 class BlockTable:
     """The blocks of one request in this shard, in order of its tokens here, and how many tokens they hold."""
@@ -52,6 +60,7 @@ class KVCache:
         self._keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self._values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self._tables: dict[int, BlockTable] = {}
+        self._swapped: dict[int, _Swapped] = {}
 
     def num_tokens(self, request_id: int) -> int:
         """Tokens of the request in this shard."""
@@ -60,6 +69,7 @@ class KVCache:
 
     @property
     def num_used_blocks(self) -> int:
+        """Blocks in the tables of all requests; one that requests share counts for each."""
         return sum(len(table.blocks) for table in self._tables.values())
 
     @property
@@ -85,6 +95,11 @@ class KVCache:
     def grant(self, request_id: int, blocks: list[int]) -> None:
         """Adds `blocks` to the request's table."""
         self._tables.setdefault(request_id, BlockTable()).blocks.extend(blocks)
+
+    def adopt(self, request_id: int, blocks: list[int]) -> None:
+        """Full blocks of a shared prefix are the beginning of the request's table; they are never written."""
+        self.grant(request_id, blocks)
+        self._tables[request_id].num_tokens += len(blocks) * self.config.block_size
 
     def extend(self, request_id: int, num_tokens: int) -> list[SlotRun]:
         """Room for `num_tokens` more tokens of the request, for all layers at once.
@@ -132,6 +147,24 @@ class KVCache:
     def free(self, request_id: int) -> None:
         """Forgets the request's tokens; unknown requests are fine (a rank may hold none of its tokens)."""
         self._tables.pop(request_id, None)
+        self._swapped.pop(request_id, None)
+
+    def swap_out(self, request_id: int) -> None:
+        """Copies the request's shard to host memory, page-locked beside a GPU, and forgets its blocks."""
+        table = self._tables.setdefault(request_id, BlockTable())
+        runs = self.runs(request_id, 0, table.num_tokens)
+        layers = [tuple(_to_host(x[:, 0]) for x in self.read(i, runs)) for i in range(self.num_layers)]
+        del self._tables[request_id]
+        self._swapped[request_id] = _Swapped(layers, table.num_tokens)  # type: ignore[arg-type]
+
+    def swap_in(self, request_id: int, blocks: list[int]) -> None:
+        """Brings back what swap_out took, into `blocks`."""
+        swapped = self._swapped.pop(request_id)
+        self.grant(request_id, blocks)
+        runs = self.extend(request_id, swapped.num_tokens)
+        for layer, (k, v) in enumerate(swapped.layers):
+            device = self._keys[layer].device
+            self.write(layer, runs, k.to(device), v.to(device))
 
 
 def _gather(slots: Tensor, runs: list[SlotRun]) -> Tensor:
@@ -141,3 +174,9 @@ def _gather(slots: Tensor, runs: list[SlotRun]) -> Tensor:
     else:
         found = torch.cat([slots[:, run.start : run.stop] for run in runs] or [slots[:, :0]], dim=1)
     return found.transpose(0, 1).unsqueeze(1)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """A copy in host memory, which the cache cannot write to."""
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+    return host.copy_(x)

@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from megatron_sps2.attention.strategy import LOCAL
 from megatron_sps2.ops.attend import attend
 from megatron_sps2.ops.merge import merge
 from megatron_sps2.parallel.collectives import (
@@ -153,7 +154,16 @@ def pass_q(q: Tensor, k: Tensor, v: Tensor, shape: PrefillShape) -> Tensor:
     return torch.cat([merge(outs, lses)[0] for outs, lses in results], dim=2)
 
 
-STRATEGIES: dict[str, Strategy] = {"ulysses": ulysses, "pass_kv": pass_kv, "pass_q": pass_q}
+def local(q: Tensor, k: Tensor, v: Tensor, shape: PrefillShape) -> Tensor:
+    """A prompt that lives wholly on one rank: nothing travels, other ranks have no row of it."""
+    if not len(q):
+        return torch.empty_like(q)
+    if shape.past is None:
+        return attend(q, k, v, scale=shape.scale, diagonal=0)[0]
+    return _partial_of_shard(q, k, v, shape.past, shape)[0]
+
+
+STRATEGIES: dict[str, Strategy] = {"ulysses": ulysses, "pass_kv": pass_kv, "pass_q": pass_q, LOCAL: local}
 
 
 def _partial_of_shard(

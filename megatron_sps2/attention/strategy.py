@@ -6,10 +6,19 @@ from collections.abc import Callable
 
 from megatron_sps2.config import AttentionConfig
 from megatron_sps2.csa_setting import CsaSetting
-from megatron_sps2.parallel.layout import TokenLayout, by_segments, contiguous, split_heads, zigzag
+from megatron_sps2.parallel.layout import (
+    TokenLayout,
+    by_segments,
+    contiguous,
+    on_one_rank,
+    split_heads,
+    zigzag,
+)
 
+# A prompt that lives on one rank; not for users to choose.
+LOCAL = "local"
 # Causal work is level when a rank holds an early and a late segment; ulysses levels it by heads instead.
-LAYOUTS: dict[str, Callable[[int, int], TokenLayout]] = {
+LAYOUTS: dict[str, Callable[[int, int, int], TokenLayout]] = {
     "ulysses": contiguous,
     "pass_kv": zigzag,
     "pass_q": zigzag,
@@ -50,12 +59,27 @@ def csa_strategy(setting: CsaSetting) -> str:
     return "dilated" if setting.selector == "dilated" else "csa"
 
 
-def lay_out(strategy: str, num_tokens: int, sp_size: int, setting: CsaSetting | None) -> TokenLayout:
-    """Where a prompt's tokens lie; `setting` is CSA's."""
+def lay_out(
+    strategy: str,
+    num_tokens: int,
+    sp_size: int,
+    setting: CsaSetting | None,
+    *,
+    unit: int = 1,
+    home: int | None = None,
+    turn: int = 0,
+) -> TokenLayout:
+    """Where a prompt's tokens lie; `setting` is CSA's, `home` the rank of a prompt that lives on one.
+
+    `turn`: what rank r would hold goes to rank r + turn, as a chunk may have fewer tokens for some ranks.
+    Ranks get whole units of `unit` tokens: with a KV block's size, a full block holds neighbouring tokens.
+    """
+    if home is not None:
+        return on_one_rank(num_tokens, sp_size, home)
     if strategy == "csa":
         assert setting is not None, "csa without its setting"
         return by_segments(num_tokens, sp_size, setting.for_prompt(num_tokens).segment_size)
-    return LAYOUTS[strategy](num_tokens, sp_size)
+    return LAYOUTS[strategy](num_tokens, sp_size, unit).turned(turn)
 
 
 def most_uneven(setting: CsaSetting, num_tokens: int, sp_size: int) -> int:

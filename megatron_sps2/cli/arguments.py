@@ -31,46 +31,46 @@ class _Help(argparse.HelpFormatter):
 
 
 def add_generate(commands: Commands, name: str) -> None:
-    parser = _command(commands, name, "answer one prompt and print the text, a report or JSON")
+    parser = command(commands, name, "answer one prompt and print the text, a report or JSON")
     _add_prompt(parser)
-    _add_engine(parser)
+    add_engine(parser)
     _add_sampling(parser, max_tokens=64)
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else")
     output.add_argument("--report", action="store_true", help="end with a table of times, KV and bytes sent")
-    _finish(parser)
+    finish(parser)
 
 
 def add_chat(commands: Commands, name: str) -> None:
-    parser = _command(commands, name, "talk with the model; the KV cache is kept between turns")
+    parser = command(commands, name, "talk with the model; the KV cache is kept between turns")
     parser.add_argument("--system", metavar="TEXT", help="a system message")
-    _add_engine(parser)
+    add_engine(parser)
     _add_sampling(parser, max_tokens=256)
-    _finish(parser)
+    finish(parser)
 
 
 def add_convert(commands: Commands, name: str) -> None:
-    parser = _command(commands, name, "convert a GGUF file or Hugging Face folder to a Megatron checkpoint")
+    parser = command(commands, name, "convert a GGUF file or Hugging Face folder to a Megatron checkpoint")
     parser.add_argument(
         "source", metavar="SRC", help="a .gguf file, or a folder with config.json and *.safetensors"
     )
     parser.add_argument("target", metavar="DST", help="the checkpoint folder to write")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype to store (default: the source's)")
     parser.add_argument("--force", action="store_true", help="replace the checkpoint that is at DST")
-    _finish(parser)
+    finish(parser)
 
 
 def add_doctor(commands: Commands, name: str) -> None:
-    parser = _command(commands, name, "print what is installed, the ranks, and the memory a checkpoint needs")
+    parser = command(commands, name, "print what is installed, the ranks, and the memory a checkpoint needs")
     _add_checkpoint(parser, required=False)
     _add_parallel(parser)
     _add_memory(parser, longest="max_seq_len of the model")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else")
-    _finish(parser)
+    finish(parser)
 
 
 def add_csa(commands: Commands, name: str) -> None:
-    parser = _command(
+    parser = command(
         commands, name, "find CSA budgets for a model, or draw what a CSA setting costs and saves"
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -79,7 +79,7 @@ def add_csa(commands: Commands, name: str) -> None:
 
 
 def _add_calibrate(actions: Commands, name: str) -> None:
-    parser = _command(actions, name, "choose budgets by layer and KV head that keep a share of the attention")
+    parser = command(actions, name, "choose budgets by layer and KV head that keep a share of the attention")
     _add_measured_text(parser)
     parser.add_argument(
         "--floor",
@@ -121,7 +121,7 @@ def _add_calibrate(actions: Commands, name: str) -> None:
 
 
 def _add_csa_report(actions: Commands, name: str) -> None:
-    parser = _command(actions, name, "measure settings on a text; write images and one HTML page")
+    parser = command(actions, name, "measure settings on a text; write images and one HTML page")
     _add_measured_text(parser)
     _add_csa_setting(parser)
     parser.add_argument(
@@ -154,7 +154,7 @@ def check_size_flags(args: argparse.Namespace, model: ModelConfig) -> None:
 
 
 def parallel_config(args: argparse.Namespace) -> ParallelConfig:
-    return ParallelConfig(sp_size=args.sp, tp_size=args.tp)
+    return ParallelConfig(dp_size=getattr(args, "dp", 1), sp_size=args.sp, tp_size=args.tp)
 
 
 def attention_config(args: argparse.Namespace) -> AttentionConfig:
@@ -188,7 +188,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     )
 
 
-def _command(commands: Commands, name: str, what: str) -> argparse.ArgumentParser:
+def command(commands: Commands, name: str, what: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=what, description=what, formatter_class=_Help, allow_abbrev=False
     )
@@ -246,7 +246,7 @@ def _add_memory(parser: argparse._ActionsContainer, longest: str) -> None:
     parser.add_argument("--block-size", type=int, default=64, metavar="N", help="tokens per KV cache block")
 
 
-def _add_engine(parser: argparse.ArgumentParser) -> None:
+def add_engine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and ranks")
     _add_checkpoint(group, required=True)
     _add_parallel(group)
@@ -346,7 +346,7 @@ def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     )
 
 
-def _finish(parser: argparse.ArgumentParser) -> None:
+def finish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="TOML file of these flags, such as sp = 2; the command line wins"
     )

@@ -17,11 +17,12 @@ from megatron_sps2.cli.arguments import (
 )
 from megatron_sps2.cli.process import speaks_for_all
 from megatron_sps2.cli.world import in_world
+from megatron_sps2.config import ScheduleConfig
+from megatron_sps2.engine.engine_config import EngineConfig
 from megatron_sps2.model.manifest import load_model_config, read_manifest
 
 if TYPE_CHECKING:
     from megatron_sps2.cli.report import Report
-    from megatron_sps2.engine.build import EngineConfig
     from megatron_sps2.engine.engine import Engine
     from megatron_sps2.engine.request import Request
     from megatron_sps2.engine.tokenizer import Tokenizer
@@ -43,12 +44,17 @@ def _check(args: argparse.Namespace) -> None:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises ValueError or OSError for everything that can be wrong before a prompt is read."""
+    check_engine_flags(args)
+    sampling_params(args)
+
+
+def check_engine_flags(args: argparse.Namespace) -> None:
+    """The part of it that does not speak of an answer."""
     from megatron_sps2.attention.strategy import choose_strategy
 
     manifest = read_manifest(args.checkpoint)
     model = manifest.model
     check_size_flags(args, model)
-    sampling_params(args)
     if args.attention != "exact" or args.csa_setting is not None:
         csa_setting(args).check_model(model, manifest.content_id)
     choose_strategy(
@@ -63,8 +69,6 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def engine_config(args: argparse.Namespace, max_model_len: int) -> EngineConfig:
-    from megatron_sps2.engine.build import EngineConfig
-
     return EngineConfig(
         checkpoint=args.checkpoint,
         parallel=parallel_config(args),
@@ -75,7 +79,7 @@ def engine_config(args: argparse.Namespace, max_model_len: int) -> EngineConfig:
         block_size=args.block_size,
         timeout_s=args.timeout_s,
         # Progress is shown, and Ctrl-C heard, between two layers.
-        layers_per_piece=1,
+        schedule=ScheduleConfig(layers_per_piece=1),
         device="cpu" if args.device == "cpu" else "cuda",
     )
 

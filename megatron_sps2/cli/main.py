@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_sps2 import __version__
-from megatron_sps2.cli import arguments
+from megatron_sps2.cli import arguments, serve_arguments
 from megatron_sps2.cli.config_file import insert_config
 from megatron_sps2.cli.process import INTERRUPTED, leave, report, set_logging
 
@@ -19,6 +19,7 @@ from megatron_sps2.cli.process import INTERRUPTED, leave, report, set_logging
 COMMANDS = {
     "generate": arguments.add_generate,
     "chat": arguments.add_chat,
+    "serve": serve_arguments.add_serve,
     "convert": arguments.add_convert,
     "doctor": arguments.add_doctor,
     "csa": arguments.add_csa,

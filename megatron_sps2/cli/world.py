@@ -13,6 +13,7 @@ from datetime import timedelta
 
 from megatron_sps2.cli.arguments import parallel_config
 from megatron_sps2.cli.process import USER_ERROR, report, set_logging
+from megatron_sps2.parallel.local_world import Companion, run_local_world
 from megatron_sps2.parallel.rank_env import RankEnv, init_process_group, threads_per_rank
 
 PRELOAD = ("torch.distributed", "megatron_sps2.engine.build")
@@ -26,16 +27,26 @@ def in_world(args: argparse.Namespace, body: Body, check: Check) -> int:
     Under a launcher this process is one of the ranks; without one, sp x tp local ranks are started.
     `check(args)` raises for what is wrong before a rank has to work; it fails on all ranks or on none.
     """
-    from megatron_sps2.parallel.local_world import run_local_world
-
     env = RankEnv.detect()
     if env is not None:
         return _run_rank(args, body, env, check)
     check(args)
-    world_size = parallel_config(args).world_size
-    if world_size == 1:
+    if parallel_config(args).world_size == 1:
         return _run_rank(args, body, RankEnv.alone())
-    return run_local_world(world_size, _rank_main, (args, body), preload=PRELOAD, explained=USER_ERROR)
+    return in_local_world(args, body)
+
+
+def in_local_world(args: argparse.Namespace, body: Body, companion: Companion | None = None) -> int:
+    """Starts dp x sp x tp ranks on this host, and a process beside them -> exit code."""
+    world_size = parallel_config(args).world_size
+    return run_local_world(
+        world_size,
+        _rank_main,
+        (args, body),
+        preload=PRELOAD,
+        explained=USER_ERROR,
+        companion=companion,
+    )
 
 
 def _rank_main(args: argparse.Namespace, body: Body) -> int:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_sps2.config import CacheConfig, KVCacheFull
+from megatron_sps2.engine.prefix_cache import Place, PrefixCache, chain
+from megatron_sps2.parallel.layout import TokenLayout
 
 
 @dataclass(slots=True)
@@ -20,13 +22,23 @@ class _Shard:
     num_tokens: int
 
 
+@dataclass(slots=True)
+class _Prefix:
+    """Where the first full blocks of a request's prompt lie, by their number in the prompt."""
+
+    places: dict[int, Place] = field(default_factory=dict)
+
+
 class BlockManager:
     """Free lists of all shards and the blocks of every request. All or nothing: a refusal changes nothing."""
 
-    def __init__(self, config: CacheConfig, num_ranks: int) -> None:
-        self.config = config
+    def __init__(self, config: CacheConfig, num_ranks: int, *, prefix_caching: bool = False) -> None:
+        self.config, self.prefix_caching = config, prefix_caching
         self._free = [list(range(config.num_blocks)) for _ in range(num_ranks)]
         self._requests: dict[int, list[_Shard]] = {}
+        self._prefixes: dict[int, _Prefix] = {}
+        self._known = PrefixCache(num_ranks)
+        self._swapped: dict[int, list[int]] = {}  # tokens per rank
 
     @property
     def num_ranks(self) -> int:
@@ -34,8 +46,38 @@ class BlockManager:
 
     @property
     def num_free_blocks(self) -> list[int]:
-        """Per sp rank."""
-        return [len(free) for free in self._free]
+        """Per sp rank; those that only the prefix cache holds are free too."""
+        return [len(free) + cached for free, cached in zip(self._free, self.num_cached_blocks, strict=True)]
+
+    @property
+    def num_cached_blocks(self) -> list[int]:
+        """Per sp rank: free blocks that hold a prefix."""
+        return [self._known.num_unused(rank) for rank in range(self.num_ranks)]
+
+    @property
+    def num_held_blocks(self) -> list[int]:
+        """Per sp rank, over all requests; a block that requests share counts for each, as in their tables."""
+        return [
+            sum(len(shards[rank].blocks) for shards in self._requests.values())
+            for rank in range(self.num_ranks)
+        ]
+
+    @property
+    def num_lost_blocks(self) -> list[int]:
+        """Per sp rank: blocks that are neither free nor a request's. 0 unless something is wrong."""
+        held = [
+            {block for shards in self._requests.values() for block in shards[rank].blocks}
+            for rank in range(self.num_ranks)
+        ]
+        return [
+            self.config.num_blocks - free - len(blocks)
+            for free, blocks in zip(self.num_free_blocks, held, strict=True)
+        ]
+
+    @property
+    def holders(self) -> set[int]:
+        """Requests that hold blocks."""
+        return set(self._requests)
 
     @property
     def capacity(self) -> int:
@@ -68,12 +110,15 @@ class BlockManager:
             max(0, -(-(shard.num_tokens + more) // self.config.block_size) - len(shard.blocks))
             for shard, more in zip(shards, tokens_per_rank, strict=True)
         ]
-        for rank, (count, free) in enumerate(zip(wanted, self._free, strict=True)):
-            if count > len(free):
+        for rank, (count, room) in enumerate(zip(wanted, self.num_free_blocks, strict=True)):
+            if count > room:
                 raise KVCacheFull(
-                    f"request {request_id} needs {count} KV blocks on sp rank {rank}, {len(free)} of "
+                    f"request {request_id} needs {count} KV blocks on sp rank {rank}, {room} of "
                     f"{self.config.num_blocks} are free; raise --max-model-len or wait for other requests"
                 )
+        for rank, (count, unused) in enumerate(zip(wanted, self._free, strict=True)):
+            for _ in range(count - len(unused)):
+                insort(unused, self._known.evict(rank))
         granted = []
         for shard, count, free, more in zip(shards, wanted, self._free, tokens_per_rank, strict=True):
             blocks = _take(free, count, after=shard.blocks[-1] if shard.blocks else None)
@@ -83,20 +128,18 @@ class BlockManager:
         self._requests[request_id] = shards
         return tuple(granted)
 
-    def append(self, request_id: int) -> tuple[int, int | None]:
-        """Room for one token in the emptiest shard that has any -> (sp rank, the new block there or None).
+    def append(self, request_id: int, home: int | None = None) -> tuple[int, int | None]:
+        """Room for one token -> (sp rank, the new block there or None).
 
-        The emptiest is the one with the fewest tokens of the request, so that its decode stays level too.
+        On `home` while it has room; else in the emptiest shard that has any: the one with the fewest tokens
+        of the request, so that its decode stays level too.
         """
-        shards = self._requests[request_id]
+        shards, free = self._requests[request_id], self.num_free_blocks
         order = sorted(
-            range(self.num_ranks), key=lambda rank: (shards[rank].num_tokens, -len(self._free[rank]))
+            range(self.num_ranks), key=lambda rank: (rank != home, shards[rank].num_tokens, -free[rank])
         )
         for rank in order:
-            if (
-                self._free[rank]
-                or shards[rank].num_tokens < len(shards[rank].blocks) * self.config.block_size
-            ):
+            if free[rank] or shards[rank].num_tokens < len(shards[rank].blocks) * self.config.block_size:
                 more = [int(other == rank) for other in range(self.num_ranks)]
                 blocks = self.allocate(request_id, more)[rank]
                 return rank, blocks[0] if blocks else None
@@ -105,11 +148,75 @@ class BlockManager:
             f"raise --max-model-len (all {self.num_ranks} shards together hold {self.capacity} tokens)"
         )
 
+    def num_cached_tokens(self, token_ids: Sequence[int], home: int | None) -> int:
+        """Tokens of a prompt that the prefix cache holds, on rank `home` or on any."""
+        return len(self._find(token_ids, home)) * self.config.block_size
+
+    def adopt_prefix(self, request_id: int, token_ids: Sequence[int], home: int | None) -> list[list[int]]:
+        """Gives a new request the known blocks of its prompt's beginning -> per rank, in order of position.
+
+        The last token is always left to compute: the answer begins with its logits.
+        """
+        assert request_id not in self._requests, "a prefix comes before all other blocks"
+        found = self._find(token_ids, home)
+        shards = self._requests[request_id] = self._no_shards()
+        for rank, block in found:
+            self._known.use((rank, block))
+            shards[rank].blocks.append(block)
+            shards[rank].num_tokens += self.config.block_size
+        self._prefixes[request_id] = _Prefix(dict(enumerate(found)))
+        return [list(shard.blocks) for shard in shards]
+
+    def note_layout(self, request_id: int, start: int, layout: TokenLayout) -> None:
+        """Tokens from `start` on were allocated by `layout`: remembers which full blocks hold neighbours."""
+        size, prefix = self.config.block_size, self._prefixes.setdefault(request_id, _Prefix())
+        for rank, (held, shard) in enumerate(zip(layout.segments, self._requests[request_id], strict=True)):
+            offset = shard.num_tokens - sum(map(len, held))  # of the segment, in this rank's tokens
+            for segment in held:
+                first, last = start + segment.start, start + segment.stop
+                for number in range(-(-first // size), last // size):
+                    place = offset + number * size - first
+                    if place % size == 0:
+                        prefix.places[number] = rank, shard.blocks[place // size]
+                offset += len(segment)
+
+    def publish_prefix(self, request_id: int, token_ids: Sequence[int]) -> None:
+        """All layers of these tokens are in the cache: from now on other requests may find them."""
+        places = self._prefixes.get(request_id, _Prefix()).places
+        if self.prefix_caching:
+            for number, digest in enumerate(chain(token_ids, self.config.block_size)):
+                if number not in places:
+                    return
+                self._known.add(digest, places[number])
+
     def free(self, request_id: int) -> None:
-        """Gives back all blocks of a request, on every rank."""
-        for free, shard in zip(self._free, self._requests.pop(request_id, ()), strict=False):
-            for block in shard.blocks:
-                insort(free, block)
+        """Gives back all blocks of a request, on every rank; the end of a prefix is forgotten before it."""
+        self._swapped.pop(request_id, None)
+        self._prefixes.pop(request_id, None)
+        for rank, shard in enumerate(self._requests.pop(request_id, ())):
+            for block in reversed(shard.blocks):
+                if not self._known.drop((rank, block)):
+                    insort(self._free[rank], block)
+
+    def swap_out(self, request_id: int) -> None:
+        """Gives back a request's blocks; how many tokens each rank had is kept for swap_in."""
+        tokens = self.tokens_per_rank(request_id)
+        self.free(request_id)
+        self._swapped[request_id] = tokens
+
+    def swap_in(self, request_id: int, spare: int) -> tuple[tuple[int, ...], ...] | None:
+        """New blocks for what was swapped out; None unless `spare` more would be left on each rank."""
+        tokens, size = self._swapped[request_id], self.config.block_size
+        wanted = [-(-count // size) for count in tokens]
+        if any(count + spare > free for count, free in zip(wanted, self.num_free_blocks, strict=True)):
+            return None
+        del self._swapped[request_id]
+        return self.allocate(request_id, tokens)
+
+    def _find(self, token_ids: Sequence[int], home: int | None) -> list[Place]:
+        if not self.prefix_caching:
+            return []
+        return self._known.find([*chain(token_ids[:-1], self.config.block_size)], home)
 
     def _no_shards(self) -> list[_Shard]:
         return [_Shard([], 0) for _ in range(self.num_ranks)]

@@ -6,7 +6,7 @@ Compares what the ranks were told before anything is built: two configs never me
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,12 +15,10 @@ import torch
 
 from megatron_sps2.attention.core import SequenceParallelAttention, StepContext
 from megatron_sps2.attention.kv_cache import KVCache
-from megatron_sps2.attention.strategy import most_uneven
-from megatron_sps2.config import AttentionConfig, CacheConfig, DType, ParallelConfig
-from megatron_sps2.csa_setting import CsaSetting
 from megatron_sps2.engine.block_manager import BlockManager
 from megatron_sps2.engine.csa_reporter import CsaReporter
-from megatron_sps2.engine.engine import Engine
+from megatron_sps2.engine.engine import Engine, Place
+from megatron_sps2.engine.engine_config import EngineConfig
 from megatron_sps2.engine.runner import Runner
 from megatron_sps2.engine.scheduler import Scheduler
 from megatron_sps2.model.checkpoint import load_gpt
@@ -33,48 +31,7 @@ from megatron_sps2.parallel.ledger import Ledger
 from megatron_sps2.parallel.mailbox import open_mailbox
 from megatron_sps2.parallel.traffic import Traffic
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """All that every rank must be told alike."""
-
-    checkpoint: str
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    # What CSA keeps; with None no request can run with it, and the cache needs no room for its layout.
-    csa: CsaSetting | None = None
-    dtype: DType = "float32"
-    # Tokens of one request at most (prompt and answer); the cache is sized for it unless `cache` is given.
-    max_model_len: int = 4096
-    max_num_seqs: int = 1
-    cache: CacheConfig | None = None
-    block_size: int = 64
-    # Layers of a prefill between two of which decodes may run; None is all of them.
-    layers_per_piece: int | None = None
-    device: str = "cpu"
-    # A rank that sends nothing for this long is given up; one that ends is noticed at once.
-    timeout_s: float = 300.0
-
-    def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "block_size", "layers_per_piece"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-
-        if self.attention.mode != "exact" and self.csa is None:
-            raise ValueError(
-                f"attention mode {self.attention.mode!r} needs a CSA setting; give csa=PRESETS['default']"
-            )
-
-    def sized_cache(self) -> CacheConfig:
-        """The cache as given, or one for max_num_seqs requests of max_model_len tokens over all shards."""
-        if self.cache:
-            return self.cache
-        per_request = -(-self.max_model_len // self.parallel.sp_size)
-        if self.csa is not None:
-            uneven = most_uneven(self.csa, self.max_model_len, self.parallel.sp_size)
-            per_request = min(self.max_model_len, per_request + uneven)
-        blocks = -(-per_request // self.block_size) + 1
-        return CacheConfig(num_blocks=blocks * self.max_num_seqs, block_size=self.block_size)
+__all__ = ["EngineConfig", "assemble", "build_engine", "compare_ranks"]
 
 
 def build_engine(config: EngineConfig) -> Engine:
@@ -131,15 +88,17 @@ def assemble(
         replica=Wire(groups.engine, ledger),
         csa=config.csa,
         tp_rank=groups.tp.rank,
+        unit=cache_config.block_size if config.schedule.prefix_caching else 1,
     )
-    blocks = BlockManager(cache_config, config.parallel.sp_size)
+    blocks = BlockManager(
+        cache_config, config.parallel.sp_size, prefix_caching=config.schedule.prefix_caching
+    )
     scheduler = Scheduler(
         model,
         config.parallel,
         config.attention,
         blocks,
-        max_num_seqs=config.max_num_seqs,
-        layers_per_piece=config.layers_per_piece,
+        config.schedule,
         csa=config.csa,
     )
     traffic = Traffic(model=model, parallel=config.parallel, element_size=cache.element_size)
@@ -153,6 +112,12 @@ def assemble(
         max_model_len=config.max_model_len,
         device=device,
         attention=config.attention.mode,
+        place=Place(
+            rank=groups.world.rank,
+            replica=groups.dp.rank,
+            sp_rank=groups.sp.rank,
+            tp_rank=groups.tp.rank,
+        ),
         reporter=CsaReporter(setting=config.csa, traffic=traffic, exact_strategy=scheduler.exact_strategy),
     )
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_sps2.engine.csa_reporter import CsaReporter
 from megatron_sps2.engine.plan import StepPlan
 from megatron_sps2.engine.request import FinishReason, Request, check_request
 from megatron_sps2.engine.runner import Runner, StepResult
+from megatron_sps2.engine.sampler import SampledToken
 from megatron_sps2.engine.scheduler import Scheduler
 from megatron_sps2.parallel.collectives import Wire, broadcast_plan, gather_objects
 from megatron_sps2.parallel.ledger import Ledger
@@ -24,12 +26,22 @@ from megatron_sps2.parallel.ledger import Ledger
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A step's news of one request: a token, or how many layers of its prompt are done."""
+    """A step's news of one request: a token, how many layers of its prompt are done, or that it failed."""
 
     request: Request
     has_token: bool
     layers_done: int
     num_layers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where this rank stands in the grid."""
+
+    rank: int  # in the world
+    replica: int  # its dp rank
+    sp_rank: int
+    tp_rank: int
 
 
 class Engine:
@@ -48,13 +60,22 @@ class Engine:
         device: torch.device,
         attention: AttentionMode,
         reporter: CsaReporter,
+        place: Place,
     ) -> None:
+        self.place = place
         self._attention, self._reporter = attention, reporter
         self.model, self.blocks, self.ledger = model, blocks, ledger
         self.max_model_len = max_model_len
         self._runner, self._scheduler, self._replica, self._device = runner, scheduler, replica, device
         self._requests: dict[int, Request] = {}
         self._next_id = 0
+        # Per rank of the replica, since the last audit: blocks held for requests that are not known here.
+        self.num_leaked_blocks: list[int] | None = None
+        self.last_plan = StepPlan()
+        # Blocks in this rank's tables after the newest step.
+        self.num_used_blocks = 0
+        # Told every plan that this rank has run, when it began (time.time()) and how many seconds it took.
+        self.observe: Callable[[StepPlan, float, float], None] | None = None
 
     @property
     def is_leader(self) -> bool:
@@ -64,6 +85,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self._scheduler.has_work
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Who waits and runs, and the counters; to be read only."""
+        return self._scheduler
 
     @property
     def last_strategy(self) -> str:
@@ -121,21 +147,43 @@ class Engine:
 
     def step(self) -> list[Progress]:
         """Schedule, run, update. Raises KVCacheFull when only the release of a finished request helps."""
-        plan = self._scheduler.schedule()
-        result = self._runner.run(broadcast_plan(plan, self._replica, self._device))
+        plan = self.last_plan = self._scheduler.schedule()
+        start = time.perf_counter()
+        result = self._run(broadcast_plan(plan, self._replica, self._device))
+        self._scheduler.ran(plan, time.perf_counter() - start)
         return self._update(plan, result)
 
     def follow(self) -> None:
         """Runs rank 0's plans until the last one; for every rank but 0."""
         while True:
             plan: StepPlan = broadcast_plan(None, self._replica, self._device)
-            self._runner.run(plan)
+            self._run(plan)
             if plan.stop:
                 return
 
     def idle(self) -> None:
         """An empty step: tells the other ranks that rank 0 lives, while it waits for a user."""
-        self._runner.run(broadcast_plan(StepPlan(), self._replica, self._device))
+        self._run(broadcast_plan(StepPlan(), self._replica, self._device))
+
+    def audit(self) -> list[int]:
+        """A step that compares what every rank's tables hold with what is known here -> `num_leaked_blocks`.
+
+        Per rank of the replica, tp innermost. What is freed with the next plan counts as leaked: call it when
+        `has_work` is False.
+        """
+        result = self._run(broadcast_plan(StepPlan(audit=True), self._replica, self._device))
+        assert result.held_blocks is not None, "an audit without its answer"
+        unknown = self.blocks.holders - set(self._requests)
+        held, lost = self.blocks.num_held_blocks, self.blocks.num_lost_blocks
+        tp_size = len(result.held_blocks) // len(held)
+        stray = [
+            sum(self.blocks.blocks_per_rank(each)[rank] for each in unknown) for rank in range(len(held))
+        ]
+        self.num_leaked_blocks = [
+            abs(count - held[i // tp_size]) + lost[i // tp_size] + stray[i // tp_size]
+            for i, count in enumerate(result.held_blocks)
+        ]
+        return self.num_leaked_blocks
 
     def stop(self) -> None:
         """Sends the last plan; the other ranks leave `follow`. Rank 0 only, once."""
@@ -149,8 +197,11 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """Ends a request wherever it is and gives back its blocks."""
-        self._requests.pop(request.request_id, None)
-        self._scheduler.abort(request.request_id)
+        known = self._requests.pop(request.request_id, None)
+        if known is request and request.finish_reason is not None:
+            self._scheduler.release(request)
+        else:
+            self._scheduler.abort(request.request_id)
 
     def release(self, request: Request) -> None:
         """Gives back a finished request's blocks; every rank forgets them with the next plan."""
@@ -161,6 +212,19 @@ class Engine:
         """`value` of every rank of the replica, in rank order (tp innermost). All ranks must call it."""
         return gather_objects(value, self._replica.axis)
 
+    def _run(self, plan: StepPlan) -> StepResult:
+        start, before = time.time(), time.perf_counter()
+        result = self._runner.run(plan)
+        self.num_used_blocks = self._runner.num_used_blocks
+        if self.observe:
+            self.observe(plan, start, time.perf_counter() - before)
+        return result
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """World ranks of the replica, tp innermost."""
+        return self._replica.axis.ranks
+
     def _queue(self, request: Request) -> Request:
         check_request(request, self.model, self.max_model_len)
         self._scheduler.add(request)
@@ -169,18 +233,28 @@ class Engine:
         return request
 
     def _update(self, plan: StepPlan, result: StepResult) -> list[Progress]:
-        news = []
+        news, num_layers = [], self.model.num_layers
+        for request_id, rows in result.prompt_logprobs.items():
+            _take_prompt_logprobs(self._requests[request_id], *rows)
         for request_id, token in result.tokens.items():
             request = self._requests[request_id]
-            if result.csa is not None:
-                request.csa = self._reporter.report(request, result.csa)
+            if request_id in result.csa:
+                request.csa = self._reporter.report(request, result.csa[request_id])
             request.take(token, self.model.eos_token_ids)
-            news.append(Progress(request, token is not None, self.model.num_layers, self.model.num_layers))
-            if plan.prefill:
+            news.append(Progress(request, token is not None, num_layers, num_layers))
+            if any(piece.request_id == request_id for piece in plan.pieces):
                 self._scheduler.prefilled(request)
             elif request.finish_reason is not None:
                 self._scheduler.release(request, keep_cache=True)
-        if plan.prefill and not result.tokens:
-            request = self._requests[plan.prefill.request_id]
-            news.append(Progress(request, False, plan.prefill.last_layer, self.model.num_layers))
-        return news
+        for piece in plan.pieces:
+            if piece.request_id not in result.tokens:
+                news.append(Progress(self._requests[piece.request_id], False, piece.last_layer, num_layers))
+        failed, self._scheduler.failed = self._scheduler.failed, []
+        return [*news, *(Progress(request, False, 0, num_layers) for request in failed)]
+
+
+def _take_prompt_logprobs(request: Request, start: int, tokens: Sequence[SampledToken]) -> None:
+    """Of the tokens after positions start, start + 1, ...; some may be known from before a preemption."""
+    known = request.prompt_logprobs or [None]
+    num_known = len(known) - 1 - (start - request.num_past)
+    request.prompt_logprobs = [*known, *tokens[num_known:]][: len(request.prompt_ids)]

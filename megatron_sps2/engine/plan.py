@@ -9,30 +9,42 @@ from dataclasses import dataclass
 
 from megatron_sps2.config import SamplingParams
 
+Blocks = tuple[tuple[int, ...], ...]  # of each sp rank
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewPrompt:
-    """What ranks must know of a prompt before its first layer.
+    """What ranks must know of a request before its first layer.
 
-    `blocks[r]` are granted on sp rank r. `num_past` tokens of the request are cached already; `token_ids`
-    follow them.
+    `num_past` tokens of the request are cached from an earlier turn; `token_ids` follow them. The last
+    `num_generated` of these are an answer begun before the request was preempted. `prefix` are full blocks,
+    filled by other requests, that hold the beginning of `token_ids`.
     """
 
     token_ids: tuple[int, ...]
-    num_past: int
-    strategy: str
-    blocks: tuple[tuple[int, ...], ...]
     params: SamplingParams
+    num_past: int = 0
+    num_generated: int = 0
+    prefix: Blocks = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillPiece:
-    """Layers first_layer <= i < last_layer of a prompt's prefill; `prompt` comes with its first piece."""
+    """Layers first_layer <= i < last_layer of tokens start <= position < stop of a request.
+
+    `prompt` comes with a request's first piece, `blocks` with the first layer of each chunk of its tokens.
+    """
 
     request_id: int
+    start: int
+    stop: int
     first_layer: int
     last_layer: int
-    prompt: NewPrompt | None
+    strategy: str
+    home: int | None = None  # the sp rank of a request that lives on one
+    turn: int = 0  # by how many ranks the layout of its tokens is turned
+    blocks: Blocks = ()
+    prompt: NewPrompt | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,16 +57,37 @@ class DecodeToken:
     home: int
     kv_rank: int
     new_block: int | None  # granted on kv_rank where its last block is full
+    spread: bool = True  # False: all its KV is on `home`, and its queries do not travel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """At most one of `prefill` and `decode`: a decode batch never shares a step with prompt tokens."""
+    """Pieces of prefills and a batch of decodes, run in one pass over the layers; all of them where both.
 
-    prefill: PrefillPiece | None = None
-    decode: tuple[DecodeToken, ...] = ()  # sorted by home
-    freed: tuple[int, ...] = ()  # requests whose blocks every rank forgets before the step
+    Before the pass ranks forget `freed` requests, then copy `swapped_out` ones to host memory and bring
+    `swapped_in` ones back, into these blocks.
+    """
+
+    pieces: tuple[PrefillPiece, ...] = ()
+    decode: tuple[DecodeToken, ...] = ()  # sorted by home, those that are not spread first
+    freed: tuple[int, ...] = ()
+    swapped_out: tuple[int, ...] = ()
+    swapped_in: tuple[tuple[int, Blocks], ...] = ()
+    audit: bool = False  # every rank tells how many blocks its tables hold
     stop: bool = False  # the last plan
 
     def __post_init__(self) -> None:
-        assert not (self.prefill and self.decode), "a plan holds a prefill piece or a decode batch, not both"
+        layers = {(piece.first_layer, piece.last_layer) for piece in self.pieces}
+        assert len(layers) <= 1, f"pieces of one step run the same layers, not {layers}"
+
+    @property
+    def is_empty(self) -> bool:
+        """True where no layer runs."""
+        return not (self.pieces or self.decode)
+
+    @property
+    def kind(self) -> str:
+        """prefill, decode, mixed or idle."""
+        if self.pieces:
+            return "mixed" if self.decode else "prefill"
+        return "decode" if self.decode else "idle"

@@ -37,9 +37,17 @@ class Request:
     # Once its prompt is prefilled with CSA; None where it ran exactly.
     csa: CsaReport | None = None
     output: list[SampledToken] = field(default_factory=list)
+    # One entry a prompt token where they were asked for; the first token has none.
+    prompt_logprobs: list[SampledToken | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: str | None = None  # why finish_reason is ERROR
     arrived_at: float = field(default_factory=time.perf_counter)
+    started_at: float | None = None  # its first layer
     token_times: list[float] = field(default_factory=list)
+    home: int | None = None  # the sp rank where it lives wholly; None: on all of them
+    num_cached: int = 0  # prompt tokens found in the prefix cache
+    num_preemptions: int = 0
+    num_pauses: int = 0  # times its prefill stopped between two layers for something else
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -51,6 +59,16 @@ class Request:
         return self.num_prompt_tokens + len(self.output)
 
     @property
+    def num_new_tokens(self) -> int:
+        """Prompt and answer so far, without what an earlier turn left in the cache."""
+        return len(self.prompt_ids) + len(self.output)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Of the new tokens: prompt and answer so far."""
+        return (*self.prompt_ids, *self.output_ids)
+
+    @property
     def output_ids(self) -> list[int]:
         return [token.token_id for token in self.output]
 
@@ -58,6 +76,10 @@ class Request:
         """The next token, or None where its logits were poisoned; sets finish_reason if it is the last."""
         if token is None:
             self.finish_reason = FinishReason.ERROR
+            self.error = (
+                f"no token can be sampled after {len(self.output)} tokens: the logits are not numbers, "
+                "or the sampling parameters forbid every token; check the checkpoint and --dtype"
+            )
             return
         self.output.append(token)
         self.token_times.append(time.perf_counter())

@@ -5,20 +5,32 @@ Knows the model and the plan; does not decide anything.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from megatron_sps2.attention.core import PrefillStep, StepContext
+from megatron_sps2.attention.core import AttentionStep, BatchStep, PrefillStep, StepContext
 from megatron_sps2.attention.decode import DecodeRow, DecodeStep
 from megatron_sps2.attention.kv_cache import KVCache
 from megatron_sps2.config import SamplingParams
 from megatron_sps2.csa_setting import CsaSetting
 from megatron_sps2.engine.plan import DecodeToken, NewPrompt, PrefillPiece, StepPlan
-from megatron_sps2.engine.sampler import PoisonedLogits, SampledToken, decode_sampled, encode_sampled, sample
+from megatron_sps2.engine.sampler import (
+    PoisonedLogits,
+    SampledToken,
+    decode_sampled,
+    encode_sampled,
+    sample,
+    score,
+)
 from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.parallel.collectives import Wire, gather_tokens
+
+logger = logging.getLogger(__name__)
 
 # A token for each request whose forward the step completed, None where its logits were poisoned.
 Tokens = dict[int, SampledToken | None]
@@ -27,13 +39,21 @@ Tokens = dict[int, SampledToken | None]
 OVERLAP_MIN_TOKENS = 1024
 
 
+# Rows of a prompt whose logits are held at a time, where its own log-probabilities are asked for.
+SCORED_ROWS = 64
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What a step gave, on every rank alike."""
 
     tokens: Tokens = field(default_factory=dict)
-    # Of a prompt that was prefilled with CSA: the tally of every rank of the replica, [ranks, entries].
-    csa: Tensor | None = None
+    # Of prompts that were prefilled with CSA: the tally of every rank of the replica, [ranks, entries].
+    csa: dict[int, Tensor] = field(default_factory=dict)
+    # Where asked for: (start, the prompt tokens after position start, scored by what came before each).
+    prompt_logprobs: dict[int, tuple[int, list[SampledToken]]] = field(default_factory=dict)
+    # Of an audit: blocks in the tables of every rank of the replica.
+    held_blocks: list[int] | None = None
 
 
 @dataclass(slots=True)
@@ -50,10 +70,22 @@ class _Sequence:
 
 
 @dataclass(slots=True)
-class _PausedPrefill:
-    step: PrefillStep
+class _Part:
+    """Rows of this rank that go through the layers with one attention: a prompt's, or the decodes'."""
+
+    step: AttentionStep
     hidden: Tensor
     angles: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """A request that gets a token in this step: the rank that samples it, and the row there."""
+
+    home: int
+    request_id: int
+    part: _Part
+    row: int
 
 
 class Runner:
@@ -71,20 +103,27 @@ class Runner:
         replica: Wire,
         csa: CsaSetting | None,
         tp_rank: int,
+        unit: int = 1,
     ) -> None:
         self._forward, self._cache, self._context = forward, cache, context
         # Long prompts overlap their exchanges with computing, which the mailbox cannot; the rest is small.
         self._sp, self._small = replace(sp, mailbox=None), sp
         self._overlap, self._device = overlap, torch.device(device)
         self._replica, self._csa, self._tp_rank = replica, csa, tp_rank
+        self._unit = unit  # of tokens that stay together on a rank, as the scheduler lays them out
         self._scale = forward.model.head_dim**-0.5
         self._sequences: dict[int, _Sequence] = {}
-        self._paused: dict[int, _PausedPrefill] = {}
+        self._paused: dict[int, _Part] = {}
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of this rank's KV cache, used or not."""
         return self._cache.bytes_per_token * self._cache.config.tokens_per_rank
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks in the tables of all requests on this rank."""
+        return self._cache.num_used_blocks
 
     @property
     def _row_bytes(self) -> int:
@@ -96,78 +135,109 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Every rank of the replica calls this with the same plan and gets the same result."""
+        self._make_room(plan)
+        if plan.audit:
+            mine = torch.tensor([self._cache.num_used_blocks], device=self._device)
+            return StepResult(held_blocks=self._gather_all(mine, "gather_audit").tolist())
+        if plan.is_empty:
+            return StepResult()
+        with self._sp.ledger.phase(plan.kind), self._span(plan.kind, "steps"):
+            return self._run_layers(plan)
+
+    def _make_room(self, plan: StepPlan) -> None:
         for request_id in plan.freed:
             self._cache.free(request_id)
             self._sequences.pop(request_id, None)
             self._paused.pop(request_id, None)
-        if plan.prefill:
-            with self._sp.ledger.phase("prefill"):
-                return self._prefill(plan.prefill)
-        if plan.decode:
-            with self._sp.ledger.phase("decode"):
-                return StepResult(self._decode(plan.decode))
-        return StepResult()
+        for request_id in plan.swapped_out:
+            self._cache.swap_out(request_id)
+        for request_id, blocks in plan.swapped_in:
+            self._cache.swap_in(request_id, list(blocks[self._sp.axis.rank]))
 
-    def _prefill(self, piece: PrefillPiece) -> StepResult:
-        if piece.prompt:
-            self._paused[piece.request_id] = self._start_prefill(piece.request_id, piece.prompt)
-        paused = self._paused[piece.request_id]
-        self._context.step = paused.step
-        paused.hidden = self._layers(piece.first_layer, piece.last_layer, paused.hidden, paused.angles)
-        if piece.last_layer < self._forward.num_layers:
+    def _run_layers(self, plan: StepPlan) -> StepResult:
+        """All parts through the same layers, in one pass."""
+        num_layers = self._forward.num_layers
+        first, last = (
+            (plan.pieces[0].first_layer, plan.pieces[0].last_layer) if plan.pieces else (0, num_layers)
+        )
+        assert not plan.decode or (first, last) == (0, num_layers), "decodes go through all layers at once"
+        parts = self._resume(plan.pieces) if first else self._begin(plan)
+        steps, rows = [part.step for part in parts], [len(part.hidden) for part in parts]
+        self._context.step = steps[0] if len(steps) == 1 else BatchStep(steps, rows)
+        hidden, angles = (torch.cat(x) for x in zip(*((p.hidden, p.angles) for p in parts), strict=True))
+        for layer in range(first, last):
+            with self._span(f"layer {layer}", "layers"):
+                hidden = self._forward.layer(layer, hidden, angles)
+        self._context.step = None
+        for part, mine in zip(parts, hidden.split(rows), strict=True):
+            part.hidden = mine
+        if last < num_layers:
+            self._paused.update(zip((piece.request_id for piece in plan.pieces), parts, strict=False))
             return StepResult()
-        del self._paused[piece.request_id]
-        layout = paused.step.layout
-        home, index = layout.find(layout.num_tokens - 1)
-        last = paused.hidden[index : index + 1] if home == self._sp.axis.rank else paused.hidden[:0]
-        counts = [int(rank == home) for rank in range(self._sp.axis.size)]
-        return StepResult(self._sample([piece.request_id], counts, last), self._gather_tally(paused.step))
+        return self._finish(plan, parts)
 
-    def _gather_tally(self, step: PrefillStep) -> Tensor | None:
-        if step.csa is None:
-            return None
-        mine = step.csa.tally.encode().unsqueeze(0).to(self._device)
-        return gather_tokens(mine, self._replica, [1] * self._replica.axis.size, "gather_csa").wait()
+    def _resume(self, pieces: Sequence[PrefillPiece]) -> list[_Part]:
+        return [self._paused[piece.request_id] for piece in pieces]
 
-    def _start_prefill(self, request_id: int, prompt: NewPrompt) -> _PausedPrefill:
-        rank = self._sp.axis.rank
-        self._cache.grant(request_id, list(prompt.blocks[rank]))
-        num_rows = -(-len(prompt.token_ids) // self._sp.axis.size)
-        overlap = self._overlap and len(prompt.token_ids) >= OVERLAP_MIN_TOKENS
-        sparse = prompt.strategy in ("csa", "dilated")  # whose messages have no small bound
-        step = PrefillStep(
+    def _begin(self, plan: StepPlan) -> list[_Part]:
+        """Rooms and rows of a step that begins at the first layer; all its tokens are embedded at once."""
+        steps: list[AttentionStep] = []
+        ids, positions, counts = list[int](), list[int](), list[int]()
+        for piece in plan.pieces:
+            step = self._prefill_step(piece)
+            places = [piece.start + place for place in step.layout.positions(self._sp.axis.rank)]
+            known = self._sequences[piece.request_id].token_ids
+            steps.append(step)
+            ids += [known[place] for place in places]
+            positions += places
+            counts.append(len(places))
+        if plan.decode:
+            mine = [token for token in plan.decode if token.home == self._sp.axis.rank]
+            steps.append(self._decode_step(plan.decode))
+            ids += [token.token_id for token in mine]
+            positions += [token.position for token in mine]
+            counts.append(len(mine))
+        hidden, angles = (x.split(counts) for x in self._embed(ids, positions))
+        return [_Part(*each) for each in zip(steps, hidden, angles, strict=True)]
+
+    def _prefill_step(self, piece: PrefillPiece) -> PrefillStep:
+        rank, num_tokens = self._sp.axis.rank, piece.stop - piece.start
+        if piece.prompt:
+            self._learn(piece.request_id, piece.prompt)
+        self._cache.grant(piece.request_id, list(piece.blocks[rank]))
+        num_rows = -(-num_tokens // self._sp.axis.size) + self._unit
+        overlap = self._overlap and num_tokens >= OVERLAP_MIN_TOKENS
+        sparse = piece.strategy in ("csa", "dilated")  # whose messages have no small bound
+        return PrefillStep(
             cache=self._cache,
             wire=self._sp if overlap or sparse else self._small.for_messages(num_rows * self._row_bytes),
-            request_id=request_id,
-            strategy=prompt.strategy,
-            num_tokens=len(prompt.token_ids),
-            num_past=prompt.num_past,
+            request_id=piece.request_id,
+            strategy=piece.strategy,
+            num_tokens=num_tokens,
+            num_past=piece.start,
             scale=self._scale,
             overlap=overlap,
             setting=self._csa,
             first_kv_head=self._tp_rank * self._cache.num_kv_heads,
+            home=piece.home,
+            unit=self._unit,
+            turn=piece.turn,
         )
+
+    def _learn(self, request_id: int, prompt: NewPrompt) -> None:
         known = self._sequences.get(request_id)
         history = [*(known.token_ids[: prompt.num_past] if known else ()), *prompt.token_ids]
-        self._sequences[request_id] = _Sequence(prompt.params, history, len(history))
-        places = step.layout.positions(rank)
-        ids = [prompt.token_ids[place] for place in places]
-        hidden, angles = self._embed(ids, [prompt.num_past + place for place in places])
-        return _PausedPrefill(step, hidden, angles)
+        self._sequences[request_id] = _Sequence(prompt.params, history, len(history) - prompt.num_generated)
+        if prompt.prefix:
+            self._cache.adopt(request_id, list(prompt.prefix[self._sp.axis.rank]))
 
-    def _decode(self, tokens: tuple[DecodeToken, ...]) -> Tokens:
-        me = self._sp.axis.rank
+    def _decode_step(self, tokens: Sequence[DecodeToken]) -> DecodeStep:
         for token in tokens:
-            if token.kv_rank == me and token.new_block is not None:
+            if token.kv_rank == self._sp.axis.rank and token.new_block is not None:
                 self._cache.grant(token.request_id, [token.new_block])
-        rows = [DecodeRow(token.request_id, token.home, token.kv_rank) for token in tokens]
+        rows = [DecodeRow(token.request_id, token.home, token.kv_rank, token.spread) for token in tokens]
         wire = self._small.for_messages(len(rows) * self._row_bytes)
-        step = DecodeStep(cache=self._cache, wire=wire, rows=rows, scale=self._scale)
-        self._context.step = step
-        mine = [token for token in tokens if token.home == me]
-        hidden, angles = self._embed([token.token_id for token in mine], [token.position for token in mine])
-        hidden = self._layers(0, self._forward.num_layers, hidden, angles)
-        return self._sample([token.request_id for token in tokens], step.home_counts, hidden)
+        return DecodeStep(cache=self._cache, wire=wire, rows=rows, scale=self._scale)
 
     def _embed(self, token_ids: list[int], positions: list[int]) -> tuple[Tensor, Tensor]:
         """-> hidden [s/P, 1, h] and the rotary angles of these positions."""
@@ -175,29 +245,73 @@ class Runner:
         places = torch.tensor(positions, dtype=torch.int64, device=self._device)
         return self._forward.embed(ids), self._forward.angles(places)
 
-    def _layers(self, first: int, last: int, hidden: Tensor, angles: Tensor) -> Tensor:
-        for layer in range(first, last):
-            hidden = self._forward.layer(layer, hidden, angles)
-        self._context.step = None
-        return hidden
+    def _finish(self, plan: StepPlan, parts: Sequence[_Part]) -> StepResult:
+        """After the last layer: a token for each request that is through, and what else it asked for."""
+        result, asks = StepResult(), list[_Ask]()
+        for piece, part in zip(plan.pieces, parts, strict=False):
+            self._paused.pop(piece.request_id, None)
+            assert isinstance(part.step, PrefillStep)
+            sequence = self._sequences[piece.request_id]
+            if sequence.params.prompt_logprobs is not None:
+                result.prompt_logprobs[piece.request_id] = piece.start, self._score(piece, part, part.step)
+            if piece.stop == len(sequence.token_ids):
+                home, row = part.step.layout.find(piece.stop - piece.start - 1)
+                asks.append(_Ask(home, piece.request_id, part, row))
+                if part.step.csa is not None:
+                    tally = part.step.csa.tally.encode().unsqueeze(0).to(self._device)
+                    result.csa[piece.request_id] = self._gather_all(tally, "gather_csa")
+        for i, token in enumerate(plan.decode):
+            first = next(j for j, other in enumerate(plan.decode) if other.home == token.home)
+            asks.append(_Ask(token.home, token.request_id, parts[-1], i - first))
+        result.tokens.update(self._sample(sorted(asks, key=lambda ask: ask.home)))
+        return result
 
-    def _sample(self, request_ids: list[int], home_counts: list[int], hidden: Tensor) -> Tokens:
-        """hidden [b/P, 1, h] of the requests at home here -> the tokens of all requests, on every rank.
+    def _gather_all(self, mine: Tensor, name: str) -> Tensor:
+        """[1, ...] of each rank of the replica -> [ranks, ...]"""
+        return gather_tokens(mine, self._replica, [1] * self._replica.axis.size, name).wait()
 
-        `request_ids` are sorted by home rank; each is sampled on its home rank only.
-        """
-        before = sum(home_counts[: self._sp.axis.rank])
-        mine = request_ids[before : before + len(hidden)]
-        logits = self._forward.logits(hidden)[:, 0] if mine else hidden.new_empty(0)
-        sampled = [self._sample_one(request_id, row) for request_id, row in zip(mine, logits, strict=True)]
-        num_top = max(self._sequences[request_id].params.logprobs or 0 for request_id in request_ids)
+    def _span(self, name: str, track: str) -> AbstractContextManager[None]:
+        trace = self._sp.ledger.trace
+        return trace.span(name, track) if trace else nullcontext()
+
+    def _score(self, piece: PrefillPiece, part: _Part, step: PrefillStep) -> list[SampledToken]:
+        """The tokens after positions start <= i < stop of a prompt, as far as they are known."""
+        sequence = self._sequences[piece.request_id]
+        num_top, ids = sequence.params.prompt_logprobs or 0, sequence.token_ids
+        places = [piece.start + place for place in step.layout.positions(self._sp.axis.rank)]
+        scored: list[SampledToken | None] = []
+        for rows in (slice(i, i + SCORED_ROWS) for i in range(0, len(places), SCORED_ROWS)):
+            logits = self._forward.logits(part.hidden[rows])[:, 0]
+            scored += [
+                score(row, ids[place + 1], num_top) if place + 1 < len(ids) else None
+                for row, place in zip(logits, places[rows], strict=True)
+            ]
+        packed = encode_sampled(scored, num_top).to(self._device)
+        counts = step.layout.tokens_per_rank
+        found = decode_sampled(gather_tokens(packed, self._sp, counts, "gather_scores").wait())
+        order = [place for rank in range(self._sp.axis.size) for place in step.layout.positions(rank)]
+        by_place = dict(zip(order, found, strict=True))
+        return [token for _, token in sorted(by_place.items()) if token is not None]
+
+    def _sample(self, asks: Sequence[_Ask]) -> Tokens:
+        """`asks` sorted by home rank -> the tokens of all of them, on every rank; each is sampled at home."""
+        if not asks:
+            return {}
+        me, ids = self._sp.axis.rank, [ask.request_id for ask in asks]
+        counts = [sum(ask.home == rank for ask in asks) for rank in range(self._sp.axis.size)]
+        mine = [ask for ask in asks if ask.home == me]
+        sampled: list[SampledToken | None] = []
+        if mine:
+            logits = self._forward.logits(torch.cat([ask.part.hidden[ask.row][None] for ask in mine]))[:, 0]
+            sampled = [self._sample_one(ask.request_id, row) for ask, row in zip(mine, logits, strict=True)]
+        num_top = max(self._sequences[request_id].params.logprobs or 0 for request_id in ids)
         packed = encode_sampled(sampled, num_top).to(self._device)
-        wire = self._small.for_messages(len(request_ids) * packed.shape[1] * packed.element_size())
-        tokens = decode_sampled(gather_tokens(packed, wire, home_counts, "gather_sampled").wait())
-        for request_id, token in zip(request_ids, tokens, strict=True):
+        wire = self._small.for_messages(len(ids) * packed.shape[1] * packed.element_size())
+        tokens = decode_sampled(gather_tokens(packed, wire, counts, "gather_sampled").wait())
+        for request_id, token in zip(ids, tokens, strict=True):
             if token is not None:
                 self._sequences[request_id].token_ids.append(token.token_id)
-        return dict(zip(request_ids, tokens, strict=True))
+        return dict(zip(ids, tokens, strict=True))
 
     def _sample_one(self, request_id: int, logits: Tensor) -> SampledToken | None:
         sequence = self._sequences[request_id]
@@ -205,4 +319,7 @@ class Runner:
         try:
             return sample(logits, sequence.params, sequence.token_ids, sequence.num_generated, eos)
         except PoisonedLogits:
+            return None
+        except Exception:  # One request's trouble must not end the others'; its client is told.
+            logger.exception("request %d could not be sampled", request_id)
             return None

@@ -62,6 +62,11 @@ def sample(
     return _with_logprobs(token_id, raw, params.logprobs)
 
 
+def score(logits: Tensor, token_id: int, num_top: int) -> SampledToken:
+    """Logits [v] where `token_id` came next: its log-probability and the `num_top` likeliest."""
+    return _with_logprobs(token_id, logits.detach().to("cpu", torch.float32).numpy(), num_top)
+
+
 def uniforms(seed: int, position: int, ids: NDArray[np.integer]) -> NDArray[np.float64]:
     """Numbers in (0, 1), each of (seed, position, its id) alone: nothing to carry, nothing to restore.
 

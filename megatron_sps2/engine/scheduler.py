@@ -1,30 +1,41 @@
-"""First come, first served, with decodes between the layers of a prefill. Pure Python; emits StepPlans.
+"""Requests and their room -> StepPlans: a policy decides what runs, this makes it a plan.
 
-One prompt is prefilled at a time, in pieces of a few layers; between two pieces the running requests decode.
+A request waits, prefills, runs (decodes), and may be sent back or swapped out where blocks run short. Pure
+Python on rank 0.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+import time
+from bisect import insort
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_sps2.attention.strategy import choose_strategy, csa_strategy, lay_out, wants_csa
-from megatron_sps2.config import AttentionConfig, KVCacheFull, ModelConfig, ParallelConfig
+from megatron_sps2.config import AttentionConfig, KVCacheFull, ModelConfig, ParallelConfig, ScheduleConfig
 from megatron_sps2.csa_setting import CsaSetting
 from megatron_sps2.engine.block_manager import BlockManager
+from megatron_sps2.engine.homes import assign_homes
+from megatron_sps2.engine.placement import Placement
 from megatron_sps2.engine.plan import DecodeToken, NewPrompt, PrefillPiece, StepPlan
+from megatron_sps2.engine.policies import POLICIES, Choice
+from megatron_sps2.engine.prefill_progress import Prefill
 from megatron_sps2.engine.request import FinishReason, Request
+from megatron_sps2.engine.room import Room
 
 
 @dataclass(slots=True)
-class _Prefilling:
-    request: Request
-    next_layer: int = 0
+class Counters:
+    """Since the engine's start; of prefixes, tokens."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_pauses: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
 
 class Scheduler:
-    """Waiting, prefilling and running requests -> the next plan."""
+    """Waiting, prefilling, running and swapped requests -> the next plan. What a policy sees is `Desk`."""
 
     def __init__(
         self,
@@ -32,184 +43,339 @@ class Scheduler:
         parallel: ParallelConfig,
         attention: AttentionConfig,
         blocks: BlockManager,
+        config: ScheduleConfig | None = None,
         *,
-        max_num_seqs: int,
-        layers_per_piece: int | None = None,
         csa: CsaSetting | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._model, self._parallel, self._attention, self._blocks = model, parallel, attention, blocks
-        self._csa = csa
-        self._max_num_seqs = max_num_seqs
-        self._layers_per_piece = layers_per_piece or model.num_layers
-        self._waiting: deque[Request] = deque()
-        self._prefilling: _Prefilling | None = None
+        self._config, self._clock, self._blocks = config or ScheduleConfig(), clock, blocks
+        unit = blocks.config.block_size if blocks.prefix_caching else 1
+        self._placement = Placement(model=model, parallel=parallel, attention=attention, csa=csa, unit=unit)
+        self._room = Room(blocks, self._placement, self._config.watermark)
+        self._policy = POLICIES[self._config.policy](self._config)
+        if self._policy.chunked and not self._placement.takes_context:
+            raise ValueError(
+                f"strategy={attention.strategy!r} cannot prefill onto a cached context, and policy "
+                f"{self._config.policy!r} cuts prompts into chunks; use strategy 'auto' or 'pass_q'"
+            )
+        self._waiting: list[Request] = []
+        self._prefilling: list[Prefill] = []
         self._running: list[Request] = []
-        self._freed: list[int] = []
-        # Per rank: blocks that an admitted request may come to hold, or that a finished one still keeps.
-        self._reserved: dict[int, list[int]] = {}
-        self._decode_is_next = False
+        self._swapped: list[Request] = []
+        self._choice = Choice()
+        self._last_pieces: set[int] = set()  # requests that the plan before held pieces of
+        self.failed: list[Request] = []  # that can never get room; whoever reads it empties it
+        self.counters = Counters()
         self.last_strategy = ""
+
+    # What a policy sees.
+
+    @property
+    def waiting(self) -> Sequence[Request]:
+        return self._waiting
+
+    @property
+    def prefilling(self) -> Sequence[Prefill]:
+        return self._prefilling
+
+    @property
+    def running(self) -> Sequence[Request]:
+        return self._running
+
+    @property
+    def swapped(self) -> Sequence[Request]:
+        return self._swapped
+
+    @property
+    def num_layers(self) -> int:
+        return self._placement.model.num_layers
+
+    @property
+    def sp_size(self) -> int:
+        return self._placement.sp_size
+
+    @property
+    def block_size(self) -> int:
+        return self._room.block_size
+
+    def start(self, request: Request, home: int | None = None, *, chunked: bool = False) -> Prefill | None:
+        """Gives a waiting request its room, on rank `home` or on all; None where there is none now."""
+        busy = len(self._running) + len(self._prefilling)
+        if busy >= self._config.max_num_seqs or self._swapped:
+            return None
+        prefill = self._room.begin(request, home, alone=not busy, chunked=chunked)
+        if prefill is None:
+            return None
+        if self._room.may_share(request):
+            self.counters.prefix_queries += request.num_new_tokens
+            self.counters.prefix_hits += request.num_cached
+        self._waiting.remove(request)
+        self._prefilling.append(prefill)
+        request.started_at = request.started_at or self._clock()
+        return prefill
+
+    def best_home(self, request: Request, load: Sequence[int]) -> int | None:
+        """The rank for a request that lives on one: room, then least to compute, `load` included."""
+        return self._room.best_home(request, load)
+
+    # Requests come and go.
 
     @property
     def has_work(self) -> bool:
         """True while a plan would do something, freeing blocks included."""
-        return bool(self._waiting or self._prefilling or self._running or self._freed)
+        queues = (self._waiting, self._prefilling, self._running, self._swapped)
+        return any(queues) or self._room.has_freed
+
+    def exact_strategy(self, request: Request) -> str:
+        """The strategy that serves the prompt where it runs exactly."""
+        return self._placement.exact_strategy(request.num_past)
 
     def add(self, request: Request) -> None:
         """Raises ValueError for a request that fits not even an empty cache, or not the chosen strategy."""
-        if request.attention != "exact" and self._csa is None:
+        if request.attention != "exact" and self._placement.csa is None:
             raise ValueError(
                 f"attention={request.attention!r} on an engine without CSA; build it with a setting "
                 "(EngineConfig.csa, --attention auto)"
             )
-        needed, cache = max(self._blocks_of(request)), self._blocks.config
-        if needed > cache.num_blocks:
+        if request.attention != "exact" and self._policy.chunked:
             raise ValueError(
-                f"the request may grow to {needed} KV blocks of {cache.block_size} tokens on an sp rank, and "
-                f"each has {cache.num_blocks}; raise --max-model-len or --sp, or lower --max-tokens"
+                f"attention={request.attention!r} needs whole prompts and policy {self._config.policy!r} "
+                "cuts them into chunks; use attention='exact', or --policy sps2 or fcfs"
             )
-        self._waiting.append(request)
+        needed = self._room.most_blocks(request, chunked=self._policy.chunked)
+        num_blocks = self._blocks.config.num_blocks
+        if needed > num_blocks:
+            raise ValueError(
+                f"the request may grow to {needed} KV blocks of {self.block_size} tokens on an sp rank, and "
+                f"each has {num_blocks}; raise --max-model-len or --sp, or lower --max-tokens"
+            )
+        self._queue(request)
 
     def abort(self, request_id: int) -> None:
         """Ends a request wherever it is; its blocks go with the next plan."""
-        for request in [
-            *self._waiting,
-            *self._running,
-            *([self._prefilling.request] if self._prefilling else []),
-        ]:
+        prefilling = [prefill.request for prefill in self._prefilling]
+        for request in [*self._waiting, *prefilling, *self._running, *self._swapped]:
             if request.request_id == request_id:
                 request.finish_reason = FinishReason.ABORT
                 self.release(request)
 
+    def release(self, request: Request, keep_cache: bool = False) -> None:
+        """Forgets a finished request; its blocks go back unless the cache is kept, e.g. for another turn."""
+        self._remove(request)
+        if not keep_cache:
+            self._room.free(request.request_id)
+
+    def prefilled(self, request: Request) -> None:
+        """The prompt's last layer has run and its first token was taken."""
+        (prefill,) = [each for each in self._prefilling if each.request is request]
+        self._prefilling.remove(prefill)
+        if request.finish_reason is not FinishReason.ERROR:
+            self._room.publish(prefill)
+        if request.finish_reason is None:
+            insort(self._running, request, key=_arrival)
+        else:
+            self.release(request, keep_cache=True)
+
+    # A step.
+
     def schedule(self) -> StepPlan:
-        """The next step: a piece of a prefill or a decode batch, in turns while there are both.
+        """The next step.
 
         Raises KVCacheFull, and changes nothing, when nothing runs and the next prompt has no room beside the
         caches kept of finished requests: only releasing one of them helps.
         """
-        self._admit()
-        freed, self._freed = tuple(self._freed), []
-        if self._prefilling and not (self._running and self._decode_is_next):
-            self._decode_is_next = True
-            return StepPlan(prefill=self._next_piece(self._prefilling), freed=freed)
-        self._decode_is_next = False
-        return StepPlan(decode=self._decode_batch(), freed=freed)
-
-    def prefilled(self, request: Request) -> None:
-        """The prompt's last piece has run and its first token was taken."""
-        self._prefilling = None
-        if request.finish_reason is None:
-            self._running.append(request)
-        else:
-            self.release(request, keep_cache=True)
-
-    def release(self, request: Request, keep_cache: bool = False) -> None:
-        """Forgets a finished request; its blocks go back unless the cache is kept, e.g. for another turn."""
-        if self._prefilling and self._prefilling.request is request:
-            self._prefilling = None
-        self._running = [other for other in self._running if other is not request]
-        self._waiting = deque(other for other in self._waiting if other is not request)
-        if keep_cache:
-            self._reserved[request.request_id] = self._blocks.blocks_per_rank(request.request_id)
-        else:
-            self._reserved.pop(request.request_id, None)
-            self._blocks.free(request.request_id)
-            self._freed.append(request.request_id)
-
-    def _strategy_of(self, request: Request) -> str:
-        num_new = len(request.prompt_ids)
-        if self._csa and wants_csa(request.attention, self._attention, self._csa, num_new, request.num_past):
-            return csa_strategy(self._csa)
-        return self.exact_strategy(request)
-
-    def exact_strategy(self, request: Request) -> str:
-        """The strategy that serves the prompt where it runs exactly."""
-        return choose_strategy(
-            self._attention.strategy,
-            num_heads=self._model.num_attention_heads // self._parallel.tp_size,
-            num_kv_heads=self._model.num_query_groups // self._parallel.tp_size,
-            sp_size=self._parallel.sp_size,
-            num_past=request.num_past,
+        self._resume_swapped()
+        choice = self._choice = self._policy.choose(self, self._clock())
+        decode = self._decode_batch() if choice.decode else ()
+        pieces = self._pieces(choice, decodes_run=bool(decode))
+        self._count_pauses({piece.request_id for piece in pieces})
+        orders = self._room.take_orders()
+        plan = StepPlan(
+            pieces=pieces,
+            decode=decode,
+            freed=tuple(orders.freed),
+            swapped_out=tuple(orders.swapped_out),
+            swapped_in=tuple(orders.swapped_in),
         )
+        if plan.is_empty and not (orders.freed or self._running or self._prefilling) and self.has_work:
+            self._give_up_one()
+        self.counters.num_steps += not plan.is_empty
+        return plan
 
-    def _tokens_per_rank(self, request: Request) -> list[int]:
-        """Of its prompt, the part that is not cached yet."""
-        strategy, num_new = self._strategy_of(request), len(request.prompt_ids)
-        return lay_out(strategy, num_new, self._parallel.sp_size, self._csa).tokens_per_rank
+    def ran(self, plan: StepPlan, seconds: float) -> None:
+        """The plan of the last `schedule` has run; before its tokens are handed out."""
+        if not plan.is_empty:
+            self._policy.observe(self._choice, seconds)
+        advanced = {piece.request_id: piece for piece in plan.pieces}
+        for prefill in self._prefilling:
+            piece = advanced.get(prefill.request.request_id)
+            if piece is None:
+                continue
+            prefill.next_layer = piece.last_layer
+            if piece.last_layer == self.num_layers:
+                prefill.start, prefill.stop, prefill.next_layer = piece.stop, None, 0
 
-    def _blocks_of(self, request: Request) -> list[int]:
-        """Per rank, at its full length; the last token of an answer is never fed, so it needs no slot."""
-        return self._blocks.most_blocks(
-            request.request_id, self._tokens_per_rank(request), request.params.max_tokens - 1
+    def _queue(self, request: Request) -> None:
+        insort(self._waiting, request, key=_arrival)
+
+    def _remove(self, request: Request) -> None:
+        for requests in (self._waiting, self._running, self._swapped):
+            if request in requests:
+                requests.remove(request)
+        self._prefilling = [prefill for prefill in self._prefilling if prefill.request is not request]
+
+    def _pieces(self, choice: Choice, decodes_run: bool) -> tuple[PrefillPiece, ...]:
+        """Of the chosen prefills that have room. One without waits as long as others run."""
+        others_run = decodes_run
+        for prefill, stop in zip(choice.prefills, choice.stops, strict=True):
+            if prefill in self._prefilling:
+                if prefill.stop is None:
+                    self._next_chunk(prefill, stop, others_run)
+                others_run = others_run or prefill.stop is not None
+        ready = [each for each in choice.prefills if each in self._prefilling and each.stop is not None]
+        return tuple(self._piece(prefill, choice.last_layer) for prefill in ready)
+
+    def _piece(self, prefill: Prefill, last_layer: int) -> PrefillPiece:
+        assert prefill.stop is not None, "a piece without its chunk"
+        piece = PrefillPiece(
+            request_id=prefill.request.request_id,
+            start=prefill.start,
+            stop=prefill.stop,
+            first_layer=prefill.next_layer,
+            last_layer=last_layer,
+            strategy=prefill.strategy,
+            home=prefill.request.home,
+            turn=prefill.turn,
+            blocks=prefill.granted,
+            prompt=_new_prompt(prefill) if prefill.is_new else None,
         )
-
-    def _admit(self) -> None:
-        """Starts the oldest waiting prompt once it has room to grow to its full length: none gets stuck."""
-        busy = len(self._running) + (self._prefilling is not None)
-        if self._prefilling or not self._waiting or busy >= self._max_num_seqs:
-            return
-        request = self._waiting[0]
-        wanted = self._blocks_of(request)
-        others = [blocks for owner, blocks in self._reserved.items() if owner != request.request_id]
-        if max(map(sum, zip(wanted, *others, strict=True))) <= self._blocks.config.num_blocks:
-            self._waiting.popleft()
-            self._reserved[request.request_id] = wanted
-            self._prefilling = _Prefilling(request)
-        elif not busy:
-            raise KVCacheFull(
-                f"request {request.request_id} needs {max(wanted)} KV blocks on an sp rank and finished "
-                f"requests keep the cache; release one of {sorted(self._reserved)}"
-            )
-
-    def _next_piece(self, prefilling: _Prefilling) -> PrefillPiece:
-        first = prefilling.next_layer
-        last = min(first + self._layers_per_piece, self._model.num_layers)
-        prefilling.next_layer = last
-        prompt = self._new_prompt(prefilling.request) if first == 0 else None
-        return PrefillPiece(
-            request_id=prefilling.request.request_id, first_layer=first, last_layer=last, prompt=prompt
-        )
-
-    def _new_prompt(self, request: Request) -> NewPrompt:
-        self.last_strategy = self._strategy_of(request)
-        return NewPrompt(
-            token_ids=request.prompt_ids,
-            num_past=request.num_past,
-            strategy=self.last_strategy,
-            blocks=self._blocks.allocate(request.request_id, self._tokens_per_rank(request)),
-            params=request.params,
-        )
+        self.last_strategy = prefill.strategy
+        prefill.is_new, prefill.granted = False, ()
+        return piece
 
     def _decode_batch(self) -> tuple[DecodeToken, ...]:
-        kept = [self._blocks.append(request.request_id) for request in self._running]
-        homes = assign_homes([rank for rank, _ in kept], self._parallel.sp_size)
+        kept: dict[int, tuple[int, int | None]] = {}
+
+        def take(request: Request) -> None:
+            kept[request.request_id] = self._room.append(request)
+
+        for request in list(self._running):
+            if request in self._running:  # not sent back for an older one
+                self._make_room(request, lambda each=request: take(each))  # type: ignore[misc]
+        return self._decode_tokens([(request, *kept[request.request_id]) for request in self._running])
+
+    def _decode_tokens(self, kept: list[tuple[Request, int, int | None]]) -> tuple[DecodeToken, ...]:
+        local = [self._room.is_local(request) for request, *_ in kept]
+        homes = assign_homes([rank for _, rank, _ in kept], self.sp_size, local)
         tokens = [
             DecodeToken(
                 request_id=request.request_id,
                 token_id=request.output[-1].token_id,
                 position=request.num_tokens - 1,
                 home=home,
-                kv_rank=kv_rank,
+                kv_rank=rank,
                 new_block=block,
+                spread=not is_local,
             )
-            for request, home, (kv_rank, block) in zip(self._running, homes, kept, strict=True)
+            for (request, rank, block), home, is_local in zip(kept, homes, local, strict=True)
         ]
-        return tuple(sorted(tokens, key=lambda token: token.home))
+        return tuple(sorted(tokens, key=lambda token: (token.home, token.spread)))
+
+    def _count_pauses(self, now: set[int]) -> None:
+        """A prefill pauses when it is between two layers, ran in the plan before and does not in this one."""
+        for prefill in self._prefilling:
+            number = prefill.request.request_id
+            if prefill.next_layer and number in self._last_pieces and number not in now:
+                prefill.request.num_pauses += 1
+                self.counters.num_pauses += 1
+        self._last_pieces = now
+
+    # Who must make room.
+
+    def _next_chunk(self, prefill: Prefill, stop: int, others_run: bool) -> None:
+        """Room for the next tokens of a prefill; where there is none it waits while others run on."""
+        try:
+            self._room.extend(prefill, stop)
+        except KVCacheFull:
+            if not others_run:
+                self._make_room(prefill.request, lambda: self._room.extend(prefill, stop))
+
+    def _make_room(self, request: Request, take: Callable[[], None]) -> None:
+        """`take()`, sending the youngest requests back while it raises KVCacheFull; it may be `request`."""
+        while True:
+            try:
+                return take()
+            except KVCacheFull as error:
+                victim = max(self._victims(), key=_arrival, default=None)
+                is_alone = len(self._running) + len(self._prefilling) == 1
+                if victim is None or (victim is request and is_alone):
+                    return self._fail(request, str(error))
+                self._preempt(victim)
+                if victim is request:
+                    return None
+
+    def _victims(self) -> list[Request]:
+        """Who may be sent back: not a paused prefill whose context cannot be computed again."""
+        prefilling = [prefill.request for prefill in self._prefilling]
+        return [*self._running, *(request for request in prefilling if not request.num_past)]
+
+    def _preempt(self, victim: Request) -> None:
+        """Takes a request's blocks: they are swapped out, or computed again when its turn comes."""
+        was_running, is_news = victim in self._running, True
+        self._remove(victim)
+        if was_running and (self._config.preemption == "swap" or _is_unrepeatable(victim)):
+            is_news = self._room.swap_out(victim.request_id)
+            insort(self._swapped, victim, key=_arrival)
+        else:
+            self._room.free(victim.request_id)
+            self._queue(victim)
+        victim.num_preemptions += is_news
+        self.counters.num_preemptions += is_news
+
+    def _resume_swapped(self) -> None:
+        """Brings the oldest swapped requests back while there is room."""
+        while self._swapped:
+            request, alone = self._swapped[0], not (self._running or self._prefilling)
+            if not self._room.swap_in(request.request_id, alone=alone):
+                return
+            self._swapped.remove(request)
+            insort(self._running, request, key=_arrival)
+
+    def _fail(self, request: Request, error: str) -> None:
+        """Nobody else is left to make room."""
+        request.finish_reason, request.error = FinishReason.ERROR, error
+        self.failed.append(request)
+        self.release(request)
+
+    def _give_up_one(self) -> None:
+        """Nothing runs and the next request has no room: because of kept caches, or for ever."""
+        request = (self._swapped or self._waiting)[0]
+        blocks = self._room.blocks_needed(request)
+        needed = f"request {request.request_id} needs {blocks} KV blocks on an sp rank"
+        queued = {each.request_id for each in (*self._swapped, *self._waiting)}
+        finished = sorted(self._blocks.holders - queued)
+        if finished:
+            raise KVCacheFull(f"{needed} and finished requests keep the cache; release one of {finished}")
+        self._fail(
+            request, f"{needed}, more than can be had; raise --max-model-len or wait for other requests"
+        )
 
 
-def assign_homes(kv_ranks: Sequence[int], num_ranks: int) -> list[int]:
-    """A home for each token of a batch: where its KV is kept, while no rank computes more than its share.
+def _arrival(request: Request) -> tuple[float, int]:
+    return request.arrived_at, request.request_id
 
-    A token at home where its KV is kept sends no K and V anywhere.
-    """
-    share = -(-len(kv_ranks) // num_ranks)
-    room = [share] * num_ranks
-    homes: list[int | None] = []
-    for rank in kv_ranks:
-        homes.append(rank if room[rank] else None)
-        room[rank] -= bool(room[rank])
-    for i, home in enumerate(homes):
-        if home is None:
-            homes[i] = max(range(num_ranks), key=lambda rank: room[rank])
-            room[homes[i]] -= 1  # type: ignore[index]
-    return [home for home in homes if home is not None]
+
+def _is_unrepeatable(request: Request) -> bool:
+    """Whether its KV would not be the same if it was computed again: CSA takes an answer for a prompt."""
+    return request.num_past > 0 or request.csa is not None
+
+
+def _new_prompt(prefill: Prefill) -> NewPrompt:
+    request = prefill.request
+    return NewPrompt(
+        token_ids=request.token_ids,
+        params=request.params,
+        num_past=request.num_past,
+        num_generated=len(request.output),
+        prefix=prefill.prefix,
+    )

@@ -23,6 +23,7 @@ class Tokenizer:
         self._backend = backend
         self.vocab_size: int = len(backend)
         self.eos_token_ids: tuple[int, ...] = () if backend.eos_token_id is None else (backend.eos_token_id,)
+        self.bos_token_id: int | None = backend.bos_token_id
         added = backend.added_tokens_decoder
         self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 

@@ -23,6 +23,7 @@ def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     weights = (lses - top.masked_fill(top == -torch.inf, 0.0)).exp_()
     total = weights.sum(dim=0)
     weights = (weights / total.clamp_min(torch.finfo(torch.float32).tiny)).unsqueeze(-1)
-    # An empty part may hold anything (memory never written): 0 * NaN would spoil the row.
-    out = torch.where(weights > 0, outs.float() * weights, 0.0).sum(dim=0)
+    # An empty part may hold anything (memory never written): 0 * NaN would spoil the row. A part whose keys
+    # are not numbers (weight NaN) must spoil it: the answer would be wrong, and nobody told.
+    out = torch.where(weights == 0, 0.0, outs.float() * weights).sum(dim=0)
     return out.to(outs.dtype), top + total.log()

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_sps2.parallel.groups import Axis, world_axis
 from megatron_sps2.parallel.ledger import Ledger
 from megatron_sps2.parallel.mailbox import Mailbox
+from megatron_sps2.parallel.trace import Trace
 
 T = TypeVar("T")
 
@@ -51,14 +52,23 @@ class Handle(Generic[T]):
     """A collective under way. Keeps its buffers alive until `wait`, which gives the result."""
 
     def __init__(
-        self, received: Tensor, finish: Callable[[Tensor], T], work: Work | None, sent: Tensor
+        self,
+        received: Tensor,
+        finish: Callable[[Tensor], T],
+        work: Work | None,
+        sent: Tensor,
+        done: Callable[[], None] | None = None,
     ) -> None:
+        """`done` is called when everything has arrived."""
         self._received, self._finish, self._work, self._sent = received, finish, work, sent
+        self._done = done
 
     def wait(self) -> T:
         """Call once, in the function that holds the handle."""
         if self._work is not None:
             self._work.wait()
+        if self._done is not None:
+            self._done()
         result = self._finish(self._received)
         del self._sent, self._received
         return result
@@ -85,7 +95,15 @@ def all_to_all(
         work = dist.all_to_all_single(
             received, send, list(recv_numels), numels, group=axis.group, async_op=True
         )
-    return Handle(received, finish, work, send)
+    return Handle(received, finish, work, send, _traced(wire.ledger.trace, name))
+
+
+def _traced(trace: Trace | None, name: str) -> Callable[[], None] | None:
+    """What a handle calls when it is done: it books the time from now until then."""
+    if trace is None:
+        return None
+    start = trace.now()
+    return lambda: trace.add(name, "collectives", start)
 
 
 def seq_to_heads(

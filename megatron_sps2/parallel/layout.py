@@ -46,6 +46,11 @@ class TokenLayout:
     def num_tokens(self) -> int:
         return sum(self.tokens_per_rank)
 
+    def turned(self, turn: int) -> TokenLayout:
+        """What rank r holds here is held by rank r + turn there."""
+        first = -turn % self.num_ranks
+        return TokenLayout(self.segments[first:] + self.segments[:first])
+
     def positions(self, rank: int) -> list[int]:
         """Positions of the tokens on `rank`, in its own order."""
         return [
@@ -78,14 +83,26 @@ def cut(total: int, num_parts: int) -> list[Segment]:
     return [Segment(starts[part], starts[part + 1]) for part in range(num_parts)]
 
 
-def contiguous(num_tokens: int, num_ranks: int) -> TokenLayout:
-    """Rank r holds the r-th of P neighbouring segments."""
-    return TokenLayout(tuple((segment,) for segment in cut(num_tokens, num_ranks)))
+def cut_in_units(total: int, num_parts: int, unit: int) -> list[Segment]:
+    """As `cut`, but between multiples of `unit` only: lengths differ by at most one unit."""
+    parts = cut(-(-total // unit), num_parts)
+    return [Segment(min(part.start * unit, total), min(part.stop * unit, total)) for part in parts]
 
 
-def zigzag(num_tokens: int, num_ranks: int) -> TokenLayout:
+def contiguous(num_tokens: int, num_ranks: int, unit: int = 1) -> TokenLayout:
+    """Rank r holds the r-th of P neighbouring segments, cut between multiples of `unit`."""
+    return TokenLayout(tuple((segment,) for segment in cut_in_units(num_tokens, num_ranks, unit)))
+
+
+def on_one_rank(num_tokens: int, num_ranks: int, home: int) -> TokenLayout:
+    """Rank `home` holds everything."""
+    whole = Segment(0, num_tokens)
+    return TokenLayout(tuple((whole,) if rank == home else () for rank in range(num_ranks)))
+
+
+def zigzag(num_tokens: int, num_ranks: int, unit: int = 1) -> TokenLayout:
     """Rank r holds segments r and 2P-1-r of 2P: with a causal mask every rank has the same work."""
-    parts = cut(num_tokens, 2 * num_ranks)
+    parts = cut_in_units(num_tokens, 2 * num_ranks, unit)
     return TokenLayout(tuple((parts[rank], parts[-1 - rank]) for rank in range(num_ranks)))
 
 

@@ -1,4 +1,4 @@
-"""The ledger: how many bytes this rank sent, by phase and collective.
+"""The ledger: how many bytes this rank sent, by phase and collective, and where a trace of them goes.
 
 Counts what leaves for other ranks; what a rank hands to itself is free. Knows no tensors and no groups.
 """
@@ -9,11 +9,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from megatron_sps2.parallel.trace import Trace
+
 
 class Ledger:
     """Bytes sent by this rank, keyed by (phase, collective)."""
 
     def __init__(self) -> None:
+        # Where collectives are told with their times too; None: nowhere.
+        self.trace: Trace | None = None
         self._bytes: dict[tuple[str, str], int] = defaultdict(int)
         self._phase = "setup"
 
@@ -41,6 +45,14 @@ class Ledger:
             for (p, c), sent in self._bytes.items()
             if p == phase and (not collectives or c in collectives)
         )
+
+    @property
+    def all_phases(self) -> dict[str, int]:
+        """Bytes sent so far by collective."""
+        found: dict[str, int] = defaultdict(int)
+        for (_, collective), sent in list(self._bytes.items()):
+            found[collective] += sent
+        return dict(found)
 
     def by_collective(self, phase: str) -> dict[str, int]:
         return {c: sent for (p, c), sent in sorted(self._bytes.items()) if p == phase}

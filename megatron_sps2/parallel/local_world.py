@@ -6,6 +6,7 @@ not what the ranks do. RankEnv.detect reads the variables that are set here.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -60,6 +61,23 @@ class _Start:
     stdin: _Stdin | int | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Companion:
+    """A process beside the ranks, with the name that messages give it; it ends with them.
+
+    It gets SIGTERM in their stead, twice at most, and is expected to end the ranks in its own way.
+    `on_failure` is told one line when one of the ranks has failed, and `grace_s` begins.
+    """
+
+    name: str
+    target: Target
+    args: Sequence[object]
+    on_failure: Callable[[str], None]
+
+
+MAX_SIGNALS_PASSED_ON = 2
+
+
 def run_local_world(
     world_size: int,
     target: Target,
@@ -68,31 +86,63 @@ def run_local_world(
     preload: Sequence[str] = PRELOAD,
     grace_s: float = 5.0,
     explained: int | None = None,
+    companion: Companion | None = None,
 ) -> int:
     """Runs `target(*args)` in `world_size` ranks of this host and waits for all; 0 when every one ended well.
 
     `target` is an importable top-level function; an int that it returns is its rank's exit code. If one rank
     fails, a line on stderr names it, the others have `grace_s` seconds to end by themselves, and its exit
-    code (128 + signal number for a signal) is returned. Ctrl-C and SIGTERM end all ranks. By exit code
-    `explained` a rank says that the user has been told all there is: no line is added.
+    code (128 + signal number for a signal) is returned. Ctrl-C and SIGTERM end all ranks, or go to the
+    companion. By exit code `explained` a process says that the user has been told all there is: no line is
+    added.
     """
     if world_size < 1:
         raise ValueError(f"world_size={world_size} must be at least 1; it is dp x sp x tp")
-    ranks: list[Process] = []
-    with tempfile.TemporaryDirectory(prefix="sps2-") as folder, _signals(_raise_ended) as active:
+    family: list[Process] = []  # the companion comes after the ranks
+    passing_on = _PassingOn()
+    with tempfile.TemporaryDirectory(prefix="sps2-") as folder, _signals(passing_on) as active:
         try:
-            _start_ranks(ranks, world_size, target, args, preload, f"file://{folder}/store")
-            return _watch(ranks, explained)
+            _start_ranks(family, world_size, target, args, preload, f"file://{folder}/store")
+            if companion:
+                passing_on.companion = _start_companion(family, companion)
+            return _watch(family, explained, companion.on_failure if companion else None)
         except _Ended as ended:
             grace_s = 0.0
             return 128 + ended.signum
         finally:
             with _signals(signal.SIG_IGN, active):
-                _stop(ranks, grace_s)
+                _stop(family, grace_s)
 
 
-def _raise_ended(signum: int, frame: FrameType | None) -> None:
-    raise _Ended(signum)
+class _PassingOn:
+    """A signal handler: to the companion, which ends the ranks in its own way; else the supervisor ends."""
+
+    def __init__(self) -> None:
+        self.companion: Process | None = None
+        self._num_passed = 0
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        if self.companion is None or self._num_passed == MAX_SIGNALS_PASSED_ON:
+            raise _Ended(signum)
+        self._num_passed += 1
+        # Not Process.terminate(): this may interrupt its own methods.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.companion.pid or 0, signal.SIGTERM)
+
+
+def _start_companion(family: list[Process], companion: Companion) -> Process:
+    start = _Start(environ=_shared_environ(len(family)), stdin=None)
+    context = multiprocessing.get_context("forkserver")
+    child = context.Process(target=_run_companion, args=(start, companion.target, tuple(companion.args)))
+    child.name = companion.name
+    family.append(child)
+    child.start()
+    return child
+
+
+def _run_companion(start: _Start, target: Target, args: tuple[object, ...]) -> None:
+    os.setsid()  # The terminal's Ctrl-C reaches it as the supervisor's SIGTERM, once.
+    _run_rank(start, target, args)
 
 
 @contextmanager
@@ -200,8 +250,8 @@ def _limit_threads(count: str) -> None:
         sys.modules["torch"].set_num_threads(int(count.split(",")[0]))
 
 
-def _watch(ranks: list[Process], explained: int | None) -> int:
-    """Waits until all ranks have ended well (0) or one has not (its exit code, named on stderr)."""
+def _watch(ranks: list[Process], explained: int | None, on_failure: Callable[[str], None] | None) -> int:
+    """Waits until all have ended well (0) or one has not (its exit code, named on stderr)."""
     running = dict(enumerate(ranks))
     while running:
         ready = set(connection.wait([child.sentinel for child in running.values()]))
@@ -210,16 +260,21 @@ def _watch(ranks: list[Process], explained: int | None) -> int:
             child.join()
             del running[rank]
         if failed := [rank for rank, child in ended.items() if child.exitcode]:
-            return _fail(ranks, failed, explained)
+            return _fail(ranks, failed, explained, on_failure)
     return 0
 
 
-def _fail(ranks: list[Process], failed: list[int], explained: int | None) -> int:
+def _fail(
+    ranks: list[Process], failed: list[int], explained: int | None, on_failure: Callable[[str], None] | None
+) -> int:
     """The exit code to end with. Of ranks that fail together, one that was killed is the cause."""
     rank = min(failed, key=lambda rank: (_exit_code(ranks[rank]) > 0, rank))
     code = _exit_code(ranks[rank])
+    obituary = _obituary(ranks[rank])
     if code != explained:
-        print(_obituary(rank, ranks[rank]), file=sys.stderr, flush=True)
+        print(f"sps2: {obituary}; ending the others", file=sys.stderr, flush=True)
+    if on_failure:
+        on_failure(obituary)
     return code if code > 0 else 128 - code
 
 
@@ -228,10 +283,10 @@ def _exit_code(child: Process) -> int:
     return child.exitcode
 
 
-def _obituary(rank: int, child: Process) -> str:
+def _obituary(child: Process) -> str:
     code = _exit_code(child)
     how = f"exited with code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
-    return f"sps2: rank {rank} (pid {child.pid}) {how}; ending the other ranks"
+    return f"{child.name} (pid {child.pid}) {how}"
 
 
 def _stop(ranks: list[Process], grace_s: float) -> None:
