@@ -14,7 +14,12 @@ from datetime import timedelta
 from megatron_sps2.cli.arguments import parallel_config
 from megatron_sps2.cli.process import USER_ERROR, report, set_logging
 from megatron_sps2.parallel.local_world import Companion, run_local_world
-from megatron_sps2.parallel.rank_env import RankEnv, init_process_group, threads_per_rank
+from megatron_sps2.parallel.rank_env import (
+    RankEnv,
+    init_process_group,
+    limit_shape_caches,
+    threads_per_rank,
+)
 
 PRELOAD = ("torch.distributed", "megatron_sps2.engine.build")
 Body = Callable[[argparse.Namespace], int]
@@ -61,6 +66,7 @@ def _rank_main(args: argparse.Namespace, body: Body) -> int:
 
 
 def _run_rank(args: argparse.Namespace, body: Body, env: RankEnv, check: Check | None = None) -> int:
+    limit_shape_caches(os.environ)
     import torch
     import torch.distributed as dist
 

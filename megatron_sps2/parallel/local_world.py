@@ -22,7 +22,7 @@ from multiprocessing import connection, process, reduction
 from types import FrameType
 from typing import Any
 
-from megatron_sps2.parallel.rank_env import threads_per_rank
+from megatron_sps2.parallel.rank_env import limit_shape_caches, threads_per_rank
 
 Process = process.BaseProcess
 Target = Callable[..., object]
@@ -193,6 +193,7 @@ def _shared_environ(world_size: int) -> dict[str, str]:
     """Variables for all ranks; what the user has set stays."""
     loopback = "lo" if sys.platform == "linux" else "lo0"
     chosen = {"OMP_NUM_THREADS": str(threads_per_rank(world_size)), "GLOO_SOCKET_IFNAME": loopback}
+    limit_shape_caches(chosen)
     return {name: os.environ.get(name, value) for name, value in chosen.items()}
 
 

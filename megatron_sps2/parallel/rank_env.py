@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -102,6 +102,17 @@ def launched_rank(environ: Environ | None = None) -> tuple[int, int] | None:
         return _slurm_place(env)
     except RuntimeError:
         return None
+
+
+# oneDNN and torch's wrapper of it keep, for each shape that a matrix product ever had, about half a megabyte,
+# and 1,024 of them. Batches of a server have all shapes: a rank would grow by hundreds of megabytes.
+SHAPE_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+
+
+def limit_shape_caches(environ: MutableMapping[str, str]) -> None:
+    """For a process that has not imported torch yet, or for those it starts; what the user has set stays."""
+    for name, value in SHAPE_CACHES.items():
+        environ.setdefault(name, value)
 
 
 def threads_per_rank(local_world_size: int) -> int:
