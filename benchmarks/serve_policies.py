@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,48 +63,51 @@ async def _stream(client: AsyncOpenAI, ids: list[int], num_tokens: int, times: l
 
 
 async def run_round(server: Server, num_tokens: int, num_decodes: int, seed: int) -> Round:
-    """`num_decodes` answers run; then a prompt of `num_tokens` comes."""
-    client = AsyncOpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0, timeout=600)
+    """`num_decodes` answers run; then a prompt of `num_tokens` comes; then each of them gets a token more."""
     running: list[list[float]] = [[] for _ in range(num_decodes)]
-    tasks = [
-        asyncio.create_task(_stream(client, prompt(100 + seed * 97 + i), 2000, times))
-        for i, times in enumerate(running)
-    ]
-    while min(map(len, running)) < 5:
-        await asyncio.sleep(0.05)
-        for task in tasks:
-            if task.done():
-                task.result()
-    since, start = time.time(), time.perf_counter()
     first: list[float] = []
-    # Its own tokens, so that no prefix is cached.
-    await _stream(client, [(each + seed) % VOCAB_SIZE for each in prompt(num_tokens)], 1, first)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    gaps = [
-        1e3 * (late - early)
-        for times in running
-        for early, late in zip(times, times[1:], strict=False)
-        if late > start and early < first[0]
-    ]
+    async with AsyncOpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0) as client:
+        asks = (prompt(100 + seed * 97 + i) for i in range(num_decodes))
+        tasks = [
+            asyncio.create_task(_stream(client, ids, 2000, times))
+            for ids, times in zip(asks, running, strict=True)
+        ]
+        await _until(lambda: min(map(len, running)) >= 5, tasks)
+        since, start = time.time(), time.perf_counter()
+        # Its own tokens, so that no prefix is cached.
+        await _stream(client, [(each + seed) % VOCAB_SIZE for each in prompt(num_tokens)], 1, first)
+        # The pause that a whole prefill makes ends with a token after it.
+        await _until(lambda: min(times[-1] for times in running) > first[0], tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     await asyncio.sleep(1.0)  # the ranks' last beat
     steps = [s for s in server.json(f"/live?since={since}")["steps"] if s["rank"] == 0]
-    layers = [
-        1e3 * s["seconds"] / (s["last_layer"] - s["first_layer"])
-        for s in steps
-        if s["kind"] == "prefill" and s["num_prompt_tokens"] >= num_tokens
-    ]
+    alone = [s for s in steps if s["kind"] == "prefill" and s["num_prompt_tokens"] >= num_tokens]
+    layers = [1e3 * s["seconds"] / (s["last_layer"] - s["first_layer"]) for s in alone]
     decodes = [1e3 * s["seconds"] for s in steps if s["kind"] == "decode"]
     return Round(
-        gaps=gaps,
+        gaps=[
+            1e3 * (late - early)
+            for times in running
+            for early, late in itertools.pairwise(times)
+            if late > start and early < first[0]
+        ],
         ttft=1e3 * (first[0] - start),
         layer=max(layers, default=float("nan")),
         decode=max(decodes, default=float("nan")),
     )
 
 
-def row(policy: str, rounds: list[Round]) -> dict[str, Any]:
+async def _until(reached: Callable[[], bool], tasks: Sequence[asyncio.Task[None]]) -> None:
+    while not reached():
+        await asyncio.sleep(0.02)
+        for task in tasks:
+            if task.done():
+                task.result()
+
+
+def row(policy: str, rounds: list[Round], bound: float) -> dict[str, Any]:
     gaps = [gap for each in rounds for gap in each.gaps]
     return {
         "policy": policy,
@@ -112,8 +117,7 @@ def row(policy: str, rounds: list[Round]) -> dict[str, Any]:
         "TBT max, ms": max(gaps),
         "layer, ms": max(each.layer for each in rounds),
         "decode step, ms": max(each.decode for each in rounds),
-        "bound, ms": max(each.bound for each in rounds),
-        "within": f"{sum(each.p99 < each.bound for each in rounds)} of {len(rounds)}",
+        "p99 within the bound": f"{sum(each.p99 < bound for each in rounds)} of {len(rounds)} rounds",
     }
 
 
@@ -152,7 +156,10 @@ def main() -> None:
         for seed in range(args.rounds):
             for policy, server in running.items():
                 found[policy].append(asyncio.run(run_round(server, args.tokens, args.decodes, seed)))
-        rows = [row(policy, rounds) for policy, rounds in found.items()]
+        # What sps2 promises, by its own layers and decode steps; for the others there is no such promise.
+        bound = min((each.bound for each in found.get("sps2", [])), default=float("nan"))
+        rows = [row(policy, rounds, bound) for policy, rounds in found.items()]
+    print(f"bound: 2 x layer + decode step of sps2 = {bound:.0f} ms")
     print(json.dumps(rows)) if args.json else print_table(rows)
 
 

@@ -16,7 +16,6 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.served import Server, serve
 from tests.sps2_command import make_checkpoint, words
-from tests.test_engine import hf_greedy
 from tests.tiny_llama import VOCAB_SIZE, prompt
 
 pytestmark = pytest.mark.slow
@@ -48,13 +47,16 @@ def client(server: Server) -> OpenAI:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(folder / "hf").eval()
+    model = LlamaForCausalLM.from_pretrained(folder / "hf").eval()
+    model.generation_config.eos_token_id = None  # as with ignore_eos
+    return model
 
 
 @torch.inference_mode()
 def greedy(model: LlamaForCausalLM, ids: list[int], num_tokens: int) -> str:
     """The text of the likeliest tokens; special ones have none."""
-    return words(token for token in hf_greedy(model, ids, num_tokens) if token > 2)
+    out = model.generate(torch.tensor([ids]), max_new_tokens=num_tokens, do_sample=False)
+    return words(token for token in out[0, len(ids) :].tolist() if token > 2)
 
 
 def complete(client: OpenAI, ids: Any, **more: Any) -> Any:

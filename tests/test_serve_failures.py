@@ -47,7 +47,8 @@ NUM_GOOD = 40
 def poison(folder: Path) -> tuple[Path, int]:
     """The same model with a token whose embedding is not a number; GOOD and its answer do not hold it."""
     hf = LlamaForCausalLM.from_pretrained(folder / "hf").eval()
-    whole = hf.generate(torch.tensor([GOOD]), max_new_tokens=NUM_GOOD, do_sample=False, eos_token_id=-1)
+    hf.generation_config.eos_token_id = None  # as with ignore_eos
+    whole = hf.generate(torch.tensor([GOOD]), max_new_tokens=NUM_GOOD, do_sample=False)
     token = next(i for i in range(3, VOCAB_SIZE) if i not in whole[0])
     hf.model.embed_tokens.weight.data[token] = torch.nan
     hf.save_pretrained(folder / "hf")

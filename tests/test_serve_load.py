@@ -15,7 +15,7 @@ from tests.tiny_llama import VOCAB_SIZE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-NUM_REQUESTS, NUM_TOKENS = 64, 12
+NUM_REQUESTS, NUM_TOKENS = 64, 8
 SIZE = ("--max-model-len", 8192, "--max-num-seqs", 32)
 
 
