@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from checkpoints_tools.convert import convert
-from megatron_sps2.config import ParallelConfig
+from megatron_sps2.config import AttentionConfig, ParallelConfig, ScheduleConfig
+from megatron_sps2.csa_setting import PRESETS
 from megatron_sps2.engine.build import EngineConfig, build_engine
 from tests.ranks import run_ranks
 from tests.tiny_llama import save_hf_llama
@@ -59,6 +61,14 @@ def test_ranks_with_another_dtype_are_refused(twins: tuple[Path, Path]) -> None:
 def test_settings_below_one_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
         EngineConfig(checkpoint="", **{name: 0})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("attention", [{"mode": "csa"}, {"mode": "auto"}, {"strategy": "pass_kv"}])
+def test_chunks_need_exact_attention_that_follows_a_context(attention: dict[str, Any]) -> None:
+    chosen, csa = AttentionConfig(**attention), PRESETS["default"]
+    with pytest.raises(ValueError, match="chunks"):
+        EngineConfig(checkpoint="", attention=chosen, csa=csa, schedule=ScheduleConfig(policy="sarathi"))
+    EngineConfig(checkpoint="", attention=chosen, csa=csa, schedule=ScheduleConfig(policy="fcfs"))
 
 
 @pytest.mark.parametrize("sp_size", [2, 3, 4])

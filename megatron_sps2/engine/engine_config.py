@@ -32,9 +32,24 @@ class EngineConfig:
         for name in ("max_model_len", "block_size"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if self.schedule.policy == "sarathi":
+            self._check_chunks()
         if self.attention.mode != "exact" and self.csa is None:
             raise ValueError(
                 f"attention mode {self.attention.mode!r} needs a CSA setting; give csa=PRESETS['default']"
+            )
+
+    def _check_chunks(self) -> None:
+        """Chunks of a prompt follow what is cached of it: exactly, and by pass_q."""
+        if self.attention.mode != "exact":
+            raise ValueError(
+                f"attention mode {self.attention.mode!r} needs whole prompts, policy 'sarathi' cuts them into "
+                "chunks; use --attention exact, or --policy sps2 or fcfs"
+            )
+        if self.attention.strategy not in ("auto", "pass_q"):
+            raise ValueError(
+                f"strategy {self.attention.strategy!r} cannot follow a cached context, as chunks of policy "
+                "'sarathi' do; use --strategy auto or pass_q"
             )
 
     def sized_cache(self) -> CacheConfig:
