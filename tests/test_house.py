@@ -83,6 +83,17 @@ def test_launch_scripts_stop_at_the_first_error(path: Path) -> None:
     assert subprocess.run(("bash", "-n", str(path)), timeout=20).returncode == 0
 
 
+@pytest.mark.parametrize("module", ["engine.scheduler", "engine.policies", "cli.serve", "server.protocol"])
+def test_who_plans_and_who_watches_needs_no_torch(module: str) -> None:
+    code = f"import megatron_sps2.{module}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run((sys.executable, "-c", code), cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_control_the_runner_needs_torch() -> None:
+    code = "import megatron_sps2.engine.runner, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run((sys.executable, "-c", code), cwd=ROOT, timeout=60).returncode == 1
+
+
 @pytest.mark.skipif(not (ROOT / "megatron_sps2" / "__main__.py").exists(), reason="no CLI yet")
 def test_the_package_runs_as_a_module() -> None:
     command = (sys.executable, "-m", "megatron_sps2", "--help")

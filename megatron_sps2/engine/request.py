@@ -9,11 +9,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-from megatron_sps2.attention.csa_tally import CsaReport
 from megatron_sps2.config import ATTENTION_MODES, AttentionMode, ModelConfig, SamplingParams
-from megatron_sps2.engine.sampler import SampledToken
 from megatron_sps2.engine.tokenizer import check_ids
+
+if TYPE_CHECKING:  # rank 0's view needs no torch
+    from megatron_sps2.attention.csa_tally import CsaReport
+    from megatron_sps2.engine.sampler import SampledToken
 
 
 class FinishReason(StrEnum):
