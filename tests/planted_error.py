@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
 from unittest import mock
 
 from megatron_sps2.cli import generate
 from megatron_sps2.cli import main as command
-from megatron_sps2.engine.runner import Runner
+from megatron_sps2.engine.plan import StepPlan
+from megatron_sps2.engine.runner import Runner, StepResult
 
 PLANTED = "planted: 13 is no number of layers"
 
@@ -25,12 +25,14 @@ def main() -> None:
 
 def generate_with_error(args: argparse.Namespace) -> int:
     """On every rank; a rank's process has imported the real function."""
-    layers = Runner._layers
+    run_layers = Runner._run_layers
 
-    def fail(self: Runner, first: int, *rest: Any) -> Any:
-        if first == 1 and self._sp.axis.rank == int(os.environ["PLANTED_RANK"]):
+    def fail(self: Runner, plan: StepPlan) -> StepResult:
+        if self._sp.axis.rank == int(os.environ["PLANTED_RANK"]) and any(
+            p.first_layer == 1 for p in plan.pieces
+        ):
             raise ValueError(PLANTED)
-        return layers(self, first, *rest)
+        return run_layers(self, plan)
 
-    with mock.patch.object(Runner, "_layers", fail):
+    with mock.patch.object(Runner, "_run_layers", fail):
         return generate._generate(args)
