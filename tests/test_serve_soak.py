@@ -23,7 +23,7 @@ from tests.tiny_llama import VOCAB_SIZE
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 # For a longer soak: SPS2_SOAK_REQUESTS=1000 python -m pytest tests/test_serve_soak.py
-NUM_REQUESTS = int(os.environ.get("SPS2_SOAK_REQUESTS", "400"))
+NUM_REQUESTS = int(os.environ.get("SPS2_SOAK_REQUESTS", "250"))
 AT_ONCE = 24
 # Of each process, over the second half of the run; allocators settle in the first.
 MEMORY_GROWTH = 24 << 20
