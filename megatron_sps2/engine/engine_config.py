@@ -43,7 +43,7 @@ class EngineConfig:
         """Chunks of a prompt follow what is cached of it: exactly, and by pass_q."""
         if self.attention.mode != "exact":
             raise ValueError(
-                f"attention mode {self.attention.mode!r} needs whole prompts, policy 'sarathi' cuts them into "
+                f"attention mode {self.attention.mode!r} needs whole prompts, policy 'sarathi' cuts them in "
                 "chunks; use --attention exact, or --policy sps2 or fcfs"
             )
         if self.attention.strategy not in ("auto", "pass_q"):
