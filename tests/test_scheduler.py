@@ -148,7 +148,7 @@ def test_no_mixture_of_requests_gets_stuck_or_overflows(
     """Arrivals, aborts, early ends and turns onto kept caches, in caches that hold two or three requests."""
     counts = [
         Mixture(seed, policy=policy, preemption=preemption, prefix_caching=prefix_caching).play()
-        for seed in range(16)
+        for seed in range(24)
     ]
     num_preemptions, num_turns, num_hits = (sum(each) for each in zip(*counts, strict=True))
     assert num_preemptions > 20 and num_turns > 5 and (num_hits > 0) == prefix_caching
