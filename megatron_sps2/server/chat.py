@@ -14,7 +14,7 @@ from starlette.responses import Response
 from megatron_sps2.engine.tokenizer import TOKENIZER_FILE
 from megatron_sps2.server.completions import usage
 from megatron_sps2.server.errors import ApiError
-from megatron_sps2.server.generation import Ask, Piece
+from megatron_sps2.server.generation import Ask, Generation
 from megatron_sps2.server.protocol import Token
 from megatron_sps2.server.sampling import (
     check_length,
@@ -45,10 +45,10 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/chat/completions", summary="Answer a conversation")
     async def chat(body: ChatRequest, request: Request) -> Response:
         plan = _plan(service, body)
-        service.client.check_room(len(plan.asks))
+        generation = service.begin(body, plan.asks)
         if body.stream:
-            return answer_as_stream(request, plan.name, _events(service, plan))
-        return await answer_at_once(request, plan.name, lambda: _whole(service, plan))
+            return answer_as_stream(request, plan.name, _events(service, plan, generation))
+        return await answer_at_once(request, plan.name, lambda: _whole(service, plan, generation))
 
     return routes
 
@@ -101,22 +101,15 @@ def _logprobs(service: Service, tokens: Sequence[Token], num_top: int) -> dict[s
     }
 
 
-async def _pieces(service: Service, plan: _Plan, tell: dict[str, int]) -> AsyncGenerator[Piece, None]:
-    generation = service.begin(plan.body, plan.asks)
-    with service.known(plan.name, generation):
-        async with contextlib.aclosing(generation.pieces()) as pieces:
-            async for piece in pieces:
-                tell["generated"], tell["cached"] = generation.num_generated, generation.num_cached
-                yield piece
-
-
 def _head(service: Service, plan: _Plan, kind: str) -> dict[str, Any]:
     name = service.config.served_model_name
     return {"id": plan.name, "object": kind, "created": plan.created, "model": name}
 
 
-async def _events(service: Service, plan: _Plan) -> AsyncGenerator[dict[str, Any], None]:
-    tell, head = {"generated": 0, "cached": 0}, _head(service, plan, "chat.completion.chunk")
+async def _events(
+    service: Service, plan: _Plan, generation: Generation
+) -> AsyncGenerator[dict[str, Any], None]:
+    head = _head(service, plan, "chat.completion.chunk")
 
     def chunk(index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
@@ -124,7 +117,7 @@ async def _events(service: Service, plan: _Plan) -> AsyncGenerator[dict[str, Any
 
     for index in range(plan.body.n):
         yield chunk(index, {"role": "assistant", "content": ""})
-    async with contextlib.aclosing(_pieces(service, plan, tell)) as pieces:
+    async with contextlib.aclosing(service.pieces(plan.name, generation)) as pieces:
         async for piece in pieces:
             scores = None
             if plan.body.logprobs:
@@ -135,16 +128,15 @@ async def _events(service: Service, plan: _Plan) -> AsyncGenerator[dict[str, Any
                 event = chunk(piece.index, delta, logprobs=scores, finish_reason=piece.finish_reason)
                 yield event | {key: value for key, value in extras.items() if value}
     if plan.body.stream_options and plan.body.stream_options.include_usage:
-        counts = usage(len(plan.prompt_ids), tell["generated"], tell["cached"])
+        counts = usage(len(plan.prompt_ids), generation)
         yield {**head, "choices": [], "usage": counts}
 
 
-async def _whole(service: Service, plan: _Plan) -> dict[str, Any]:
-    tell = {"generated": 0, "cached": 0}
+async def _whole(service: Service, plan: _Plan, generation: Generation) -> dict[str, Any]:
     texts, reasons = [""] * plan.body.n, [""] * plan.body.n
     tokens: list[list[Token]] = [[] for _ in range(plan.body.n)]
     extras: dict[str, Any] = {}
-    async with contextlib.aclosing(_pieces(service, plan, tell)) as pieces:
+    async with contextlib.aclosing(service.pieces(plan.name, generation)) as pieces:
         async for piece in pieces:
             texts[piece.index] += piece.text
             tokens[piece.index] += piece.tokens
@@ -161,5 +153,5 @@ async def _whole(service: Service, plan: _Plan) -> dict[str, Any]:
         }
         for i in range(plan.body.n)
     ]
-    counts = usage(len(plan.prompt_ids), tell["generated"], tell["cached"])
+    counts = usage(len(plan.prompt_ids), generation)
     return {**_head(service, plan, "chat.completion"), "choices": choices, "usage": counts, **extras}

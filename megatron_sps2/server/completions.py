@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from megatron_sps2.server.generation import Ask, Piece
+from megatron_sps2.server.generation import Ask, Generation, Piece
 from megatron_sps2.server.protocol import Token
 from megatron_sps2.server.sampling import (
     as_prompts,
@@ -68,16 +68,22 @@ class _Plan:
     def prompt_of(self, index: int) -> int:
         return index // self.body.n
 
-    def usage(self, num_generated: int, num_cached: int) -> dict[str, Any]:
-        return usage(sum(map(len, self.prompts)), num_generated, num_cached)
+    @property
+    def silent(self) -> bool:
+        """Only the prompt is scored; the one token that the engine makes is not shown."""
+        return self.body.max_tokens == 0
+
+    def usage(self, generation: Generation) -> dict[str, Any]:
+        return usage(sum(map(len, self.prompts)), generation, silent=self.silent)
 
 
-def usage(num_prompt: int, num_generated: int, num_cached: int) -> dict[str, Any]:
+def usage(num_prompt: int, generation: Generation, *, silent: bool = False) -> dict[str, Any]:
+    num_generated = 0 if silent else generation.num_generated
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_generated,
         "total_tokens": num_prompt + num_generated,
-        "prompt_tokens_details": {"cached_tokens": num_cached},
+        "prompt_tokens_details": {"cached_tokens": generation.num_cached},
     }
 
 
@@ -87,10 +93,10 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/completions", summary="Continue a prompt")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         plan = _plan(service, body)
-        service.client.check_room(len(plan.asks))
+        generation = service.begin(body, plan.asks)
         if body.stream:
-            return answer_as_stream(request, plan.name, _events(service, plan))
-        return await answer_at_once(request, plan.name, lambda: _whole(service, plan))
+            return answer_as_stream(request, plan.name, _events(service, plan, generation))
+        return await answer_at_once(request, plan.name, lambda: _whole(service, plan, generation))
 
     return routes
 
@@ -147,35 +153,30 @@ def _decode(service: Service, ids: Sequence[int]) -> str:
     return service.tokenizer.decode(ids) if service.tokenizer else ""
 
 
-async def _pieces(
-    service: Service, plan: _Plan, tell: dict[str, int]
+async def _choices(
+    service: Service, plan: _Plan, generation: Generation
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """The choices' news as OpenAI's choice objects, timings and csa beside; `tell` gets the final counts."""
-    generation = service.begin(plan.body, plan.asks)
+    """The choices' news as OpenAI's choice objects, timings and csa beside."""
     logprobs = [_Logprobs(service, plan.body.logprobs or 0) for _ in plan.asks]
     begun = set[int]()
-    silent = plan.body.max_tokens == 0
-    with service.known(plan.name, generation):
-        async with contextlib.aclosing(generation.pieces()) as pieces:
-            async for piece in pieces:
-                first = piece.index not in begun and bool(piece.tokens or piece.finish_reason)
-                begun.update([piece.index] if first else [])
-                choice = _choice(plan, piece, logprobs[piece.index], first, silent)
-                tell["generated"] = 0 if silent else generation.num_generated
-                tell["cached"] = generation.num_cached
-                yield {"choice": choice, "timings": piece.timings, "csa": piece.csa}
+    async with contextlib.aclosing(service.pieces(plan.name, generation)) as pieces:
+        async for piece in pieces:
+            first = piece.index not in begun and bool(piece.tokens or piece.finish_reason)
+            begun.update([piece.index] if first else [])
+            choice = _choice(plan, piece, logprobs[piece.index], first)
+            yield {"choice": choice, "timings": piece.timings, "csa": piece.csa}
 
 
-def _choice(plan: _Plan, piece: Piece, logprobs: _Logprobs, first: bool, silent: bool) -> dict[str, Any]:
+def _choice(plan: _Plan, piece: Piece, logprobs: _Logprobs, first: bool) -> dict[str, Any]:
     echo = plan.texts[plan.prompt_of(piece.index)] if plan.body.echo and first else ""
-    tokens: list[Token | None] = [] if silent else list(piece.tokens)
-    ids = [] if silent else [each.token_id for each in piece.tokens]
+    tokens: list[Token | None] = [] if plan.silent else list(piece.tokens)
+    ids = [] if plan.silent else [each.token_id for each in piece.tokens]
     if plan.body.echo and first and piece.prompt_logprobs:
         tokens = [*piece.prompt_logprobs, *tokens]
         ids = [*plan.prompts[plan.prompt_of(piece.index)], *ids]
     return {
         "index": piece.index,
-        "text": echo + ("" if silent else piece.text),
+        "text": echo + ("" if plan.silent else piece.text),
         "logprobs": logprobs.of(tokens, ids) if plan.body.logprobs is not None else None,
         "finish_reason": piece.finish_reason,
     }
@@ -190,9 +191,10 @@ def _head(service: Service, plan: _Plan) -> dict[str, Any]:
     }
 
 
-async def _events(service: Service, plan: _Plan) -> AsyncGenerator[dict[str, Any], None]:
-    tell = {"generated": 0, "cached": 0}
-    async with contextlib.aclosing(_pieces(service, plan, tell)) as news:
+async def _events(
+    service: Service, plan: _Plan, generation: Generation
+) -> AsyncGenerator[dict[str, Any], None]:
+    async with contextlib.aclosing(_choices(service, plan, generation)) as news:
         async for each in news:
             choice = each["choice"]
             has_news = choice["text"] or choice["finish_reason"] or (choice["logprobs"] or {}).get("tokens")
@@ -200,21 +202,20 @@ async def _events(service: Service, plan: _Plan) -> AsyncGenerator[dict[str, Any
                 extras = {key: each[key] for key in ("timings", "csa") if each[key]}
                 yield {**_head(service, plan), "choices": [choice], **extras}
     if plan.body.stream_options and plan.body.stream_options.include_usage:
-        counts = plan.usage(tell["generated"], tell["cached"])
+        counts = plan.usage(generation)
         yield {**_head(service, plan), "choices": [], "usage": counts}
 
 
-async def _whole(service: Service, plan: _Plan) -> dict[str, Any]:
-    tell = {"generated": 0, "cached": 0}
+async def _whole(service: Service, plan: _Plan, generation: Generation) -> dict[str, Any]:
     choices = [
         {"index": i, "text": "", "logprobs": None, "finish_reason": None} for i in range(len(plan.asks))
     ]
     extras: dict[str, Any] = {}
-    async with contextlib.aclosing(_pieces(service, plan, tell)) as news:
+    async with contextlib.aclosing(_choices(service, plan, generation)) as news:
         async for each in news:
             join_choice(choices[each["choice"]["index"]], each["choice"])
             extras.update({key: each[key] for key in ("timings", "csa") if each[key]})
-    counts = plan.usage(tell["generated"], tell["cached"])
+    counts = plan.usage(generation)
     return {**_head(service, plan), "choices": choices, "usage": counts, **extras}
 
 

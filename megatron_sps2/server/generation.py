@@ -57,7 +57,6 @@ class Generation:
         self._client, self._tokenizer, self._asks = client, tokenizer, asks
         self._attention, self._timeout_s = attention, timeout_s
         self._streams: list[Stream] = []
-        self._aborted = asyncio.Event()
         self.num_generated = 0
         self.num_cached = 0  # prompt tokens of the first choice of each prompt are what usage tells
 
@@ -65,14 +64,13 @@ class Generation:
         """In order of arrival. Raises ApiError: refused, timed out, failed, lost."""
         arrived: asyncio.Queue[Piece | ApiError] = asyncio.Queue()
         deadline = None if self._timeout_s is None else time.monotonic() + self._timeout_s
-        for ask in self._asks:
-            self._streams.append(await self._client.submit(ask.prompt_ids, ask.params, self._attention))
-        tasks = [
-            asyncio.create_task(self._follow(index, stream, ask, arrived))
-            for index, (stream, ask) in enumerate(zip(self._streams, self._asks, strict=True))
-        ]
-        num_open, reason = len(tasks), "abort"
+        tasks = list[asyncio.Task[None]]()
+        num_open, reason = len(self._asks), "abort"
         try:
+            for index, ask in enumerate(self._asks):
+                stream = await self._client.submit(ask.prompt_ids, ask.params, self._attention)
+                self._streams.append(stream)
+                tasks.append(asyncio.create_task(self._follow(index, stream, ask, arrived)))
             while num_open:
                 piece = await self._next(arrived, deadline)
                 if isinstance(piece, ApiError):

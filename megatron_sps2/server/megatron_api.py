@@ -60,11 +60,10 @@ async def _answer(service: Service, name: str, body: MegatronRequest, asks: list
     tokens = [list[Token]() for _ in asks]
     scores: list[list[Token | None]] = [[] for _ in asks]
     silent = body.tokens_to_generate == 0
-    with service.known(name, generation):
-        async with contextlib.aclosing(generation.pieces()) as pieces:
-            async for piece in pieces:
-                scores[piece.index] += piece.prompt_logprobs or []
-                tokens[piece.index] += [] if silent else piece.tokens
+    async with contextlib.aclosing(service.pieces(name, generation)) as pieces:
+        async for piece in pieces:
+            scores[piece.index] += piece.prompt_logprobs or []
+            tokens[piece.index] += [] if silent else piece.tokens
     ids = [
         [*ask.prompt_ids, *(token.token_id for token in mine)] for ask, mine in zip(asks, tokens, strict=True)
     ]

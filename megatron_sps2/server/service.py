@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from megatron_sps2.engine.tokenizer import Tokenizer
 from megatron_sps2.server.engine_client import EngineClient
 from megatron_sps2.server.errors import ApiError, Json, to_json
 from megatron_sps2.server.front_end_config import FrontEndConfig
-from megatron_sps2.server.generation import Ask, Generation
+from megatron_sps2.server.generation import Ask, Generation, Piece
 from megatron_sps2.server.metrics import Metrics
 from megatron_sps2.server.schema import Sampling
 
@@ -46,12 +46,13 @@ class Service:
             timeout_s=body.timeout or self.config.request_timeout_s,
         )
 
-    @contextlib.contextmanager
-    def known(self, name: str, generation: Generation) -> Iterator[None]:
-        """While it runs it can be aborted by its name."""
+    async def pieces(self, name: str, generation: Generation) -> AsyncGenerator[Piece, None]:
+        """Its pieces; while they come it can be aborted by its name."""
         self.generations[name] = generation
         try:
-            yield
+            async with contextlib.aclosing(generation.pieces()) as pieces:
+                async for piece in pieces:
+                    yield piece
         finally:
             del self.generations[name]
 
@@ -108,19 +109,28 @@ async def _lines(request: Request, events: AsyncGenerator[Mapping[str, Any], Non
     gone = asyncio.ensure_future(_gone(request))
     try:
         async with contextlib.aclosing(events):
-            while True:
-                step = asyncio.ensure_future(anext(events, None))
-                await asyncio.wait({step, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not step.done():
-                    step.cancel()
-                    await asyncio.gather(step, return_exceptions=True)
-                    return
-                event = step.result()
-                if event is None:
-                    break
+            while (event := await _next_unless(gone, events)) is not None:
                 yield f"data: {to_json(event)}\n\n"
-        yield "data: [DONE]\n\n"
+        if not gone.done():
+            yield "data: [DONE]\n\n"
     except ApiError as error:
         yield f"data: {to_json(error.body())}\n\n"
     finally:
         gone.cancel()
+
+
+async def _next_unless(gone: asyncio.Future[None], events: AsyncGenerator[T, None]) -> T | None:
+    """The next event; None at the end of them, or once the client is gone."""
+    step: asyncio.Future[T | None] = asyncio.ensure_future(_next(events))
+    waited: set[asyncio.Future[Any]] = {step, gone}
+    try:
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        return step.result() if step.done() else None
+    finally:
+        if not step.done():  # also when this stream was cancelled: `events` can't be closed while it runs
+            step.cancel()
+            await asyncio.gather(step, return_exceptions=True)
+
+
+async def _next(events: AsyncGenerator[T, None]) -> T | None:
+    return await anext(events, None)
