@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_sps2.config import ScheduleConfig
+from megatron_sps2.engine import scheduler
 from megatron_sps2.engine.plan import StepPlan
 from megatron_sps2.engine.policies import POLICIES, sps2
 from megatron_sps2.engine.request import Request
@@ -132,6 +133,24 @@ def test_sps2_lets_no_stream_of_short_prompts_starve_a_long_one(monkeypatch: pyt
     # Control: without aging it comes after all of them.
     monkeypatch.setattr(sps2, "PATIENCE", 1e9)
     assert wait_among_short_prompts(500) > 20
+
+
+def residents_of_a_shared_prefix() -> list[int]:
+    """Short requests by rank, of 40 that begin with the same 60 tokens and come one by one."""
+    one = desk("sps2", short_prompt_tokens=100, max_num_seqs=40, prefix_caching=True)
+    for i in range(40):
+        request = one.add(i, [7] * 60 + [i % 5], 300)
+        while not request.output:
+            one.step()
+    homes = [request.home for request in one.requests.values()]
+    return [homes.count(rank) for rank in range(2)]
+
+
+def test_sps2_spreads_short_requests_that_share_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert min(residents_of_a_shared_prefix()) >= 15
+    # Control: by the prefix alone they all go where it was computed first.
+    monkeypatch.setattr(scheduler, "RESIDENT_TOKENS", 0)
+    assert residents_of_a_shared_prefix() == [40, 0]
 
 
 def test_sps2_prefills_short_prompts_on_different_ranks_in_one_step() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,10 @@ from megatron_sps2.engine.policies import POLICIES, Choice
 from megatron_sps2.engine.prefill_progress import Prefill
 from megatron_sps2.engine.request import FinishReason, Request
 from megatron_sps2.engine.room import Room
+
+# What a resident will still decode weighs on its rank as so many prompt tokens. A prefix that many share
+# would otherwise gather all of them where it was first computed.
+RESIDENT_TOKENS = 32
 
 
 @dataclass(slots=True)
@@ -116,7 +121,11 @@ class Scheduler:
 
     def best_home(self, request: Request, load: Sequence[int]) -> int | None:
         """The rank for a request that lives on one: room, then least to compute, `load` included."""
-        return self._room.best_home(request, load)
+        residents = Counter(each.home for each in self._running)
+        residents.update(prefill.request.home for prefill in self._prefilling)
+        return self._room.best_home(
+            request, [tokens + RESIDENT_TOKENS * residents[rank] for rank, tokens in enumerate(load)]
+        )
 
     # Requests come and go.
 

@@ -21,6 +21,9 @@ class Tokenizer:
 
     def __init__(self, backend: PreTrainedTokenizerFast) -> None:
         self._backend = backend
+        # The first text switches off what a file may switch on, such as truncation. From then on encoding
+        # changes nothing, and threads may share it.
+        self.encode("")
         self.vocab_size: int = len(backend)
         self.eos_token_ids: tuple[int, ...] = () if backend.eos_token_id is None else (backend.eos_token_id,)
         self.bos_token_id: int | None = backend.bos_token_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -44,7 +45,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/chat/completions", summary="Answer a conversation")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        plan = _plan(service, body)
+        plan = await asyncio.to_thread(_plan, service, body)  # a long text takes seconds
         generation = service.begin(body, plan.asks)
         if body.stream:
             return answer_as_stream(request, plan.name, _events(service, plan, generation))

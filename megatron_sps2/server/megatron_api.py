@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from typing import Any
 
@@ -23,7 +24,7 @@ def router(service: Service) -> APIRouter:
     async def api(body: MegatronRequest, request: Request) -> Response:
         name = new_id("api")
         try:
-            asks = _asks(service, body)
+            asks = await asyncio.to_thread(_asks, service, body)
             return await answer_at_once(request, name, lambda: _answer(service, name, body, asks))
         except ApiError as error:
             return PlainTextResponse(error.message.encode("ascii", "replace"), error.status, error.headers)

@@ -22,6 +22,7 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def router(service: Service) -> APIRouter:
+    # Routes that are no coroutines run in threads: a long text would hold up every stream.
     routes, client = APIRouter(), service.client
 
     @routes.get("/v1/models", summary="The model that is served")
@@ -36,7 +37,7 @@ def router(service: Service) -> APIRouter:
         return Json({"object": "list", "data": [model]})
 
     @routes.post("/tokenize", summary="Token ids of a text or a conversation")
-    async def tokenize(body: TokenizeRequest) -> Response:
+    def tokenize(body: TokenizeRequest) -> Response:
         check_model(body.model, service.config.served_model_name)
         refuse((body.prompt is None) == (body.messages is None), "give prompt or messages, one of them")
         if body.messages is not None:
@@ -46,7 +47,7 @@ def router(service: Service) -> APIRouter:
         return Json({"count": len(ids), "max_model_len": client.ready.max_model_len, "tokens": ids})
 
     @routes.post("/detokenize", summary="The text of token ids")
-    async def detokenize(body: DetokenizeRequest) -> Response:
+    def detokenize(body: DetokenizeRequest) -> Response:
         check_model(body.model, service.config.served_model_name)
         tokenizer = service.tokenizer
         if tokenizer is None:
