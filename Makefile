@@ -65,8 +65,10 @@ lint: venv-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Most tests wait more than they compute; those that do compute run alone.
 test: venv-test model lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not busy" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m busy
 
 clean:
 	rm -rf .venv build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

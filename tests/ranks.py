@@ -16,7 +16,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed", "megatron.core.models.gpt", "megatron_sps2.attention.core"]
+_PRELOAD = ["torch", "torch.distributed", "megatron_sps2.engine.build"]
 COLLECTIVE_TIMEOUT_S = 120
 
 
@@ -76,7 +76,7 @@ def _rank_main(
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(2 if world_size == 1 else 1)
     try:
         dist.init_process_group(
             "gloo",

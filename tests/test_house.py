@@ -100,3 +100,14 @@ def test_the_package_runs_as_a_module() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "generate" in done.stdout
+
+
+def is_compiler_loaded(module: str) -> bool:
+    code = f"import {module}, sys; sys.exit('torch._inductor.compile_fx' in sys.modules)"
+    return bool(subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode)
+
+
+def test_ranks_start_without_the_compiler() -> None:
+    assert not is_compiler_loaded("megatron_sps2.engine.build")
+    # Control: Megatron by itself loads it.
+    assert is_compiler_loaded("megatron.core.models.gpt.gpt_model")

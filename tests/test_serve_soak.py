@@ -20,7 +20,7 @@ from benchmarks.served import Server, serve
 from tests.sps2_command import make_checkpoint
 from tests.tiny_llama import VOCAB_SIZE
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slow, pytest.mark.busy, pytest.mark.timeout(280)]
 
 # For a longer soak: SPS2_SOAK_REQUESTS=1000 python -m pytest tests/test_serve_soak.py
 NUM_REQUESTS = int(os.environ.get("SPS2_SOAK_REQUESTS", "250"))

@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 from tests.sharded_run import NUM_GENERATED, Prompt, logits_error, run_everything
 from tests.test_exactness import greedy
 
-pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.busy, pytest.mark.timeout(900)]
 
 LENGTHS = (1, 7, 257, 4097)
 # Of the largest logit (about 40). fp32 through 30 layers; measured below 2e-5.
@@ -53,7 +53,8 @@ def config_for(checkpoint: Path, tp_size: int, sp_size: int, max_model_len: int)
         checkpoint=str(checkpoint),
         parallel=ParallelConfig(sp_size=sp_size, tp_size=tp_size),
         max_model_len=max_model_len,
-        schedule=ScheduleConfig(max_num_seqs=len(LENGTHS)),
+        # Prefills are paused at tp 1 only: a decode step of 12 ranks on two cores takes a second.
+        schedule=ScheduleConfig(max_num_seqs=len(LENGTHS), layers_per_piece=None if tp_size == 1 else 30),
     )
 
 
@@ -83,10 +84,9 @@ def test_control_without_exchange_smollm2_is_wrong(
     assert logits_error(results, reference[0][1:3], prompts[1:3]) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("length", [4000, 8000])
-def test_smollm2_says_the_same_at_sp_1_2_and_4(
-    length: int, smollm2_checkpoint: Path, text_ids: list[int]
-) -> None:
+def test_smollm2_says_the_same_at_sp_1_2_and_4(smollm2_checkpoint: Path, text_ids: list[int]) -> None:
+    """At 8,000 tokens, near its context's end; up to 4,097 it is compared with transformers above."""
+    length = 8000
     prompt = Prompt(text_ids[:length], [])
     answers = []
     for sp_size in (1, 2, 4):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+import megatron_sps2.model.eager  # noqa: F401  # before all others: some of them import Megatron
 from megatron_sps2.attention.core import SequenceParallelAttention, StepContext
 from megatron_sps2.attention.kv_cache import KVCache
 from megatron_sps2.engine.block_manager import BlockManager

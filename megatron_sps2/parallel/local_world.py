@@ -27,7 +27,7 @@ from megatron_sps2.parallel.rank_env import limit_shape_caches, threads_per_rank
 Process = process.BaseProcess
 Target = Callable[..., object]
 # Imported once, before the ranks are forked from it: they then start in 0.3 s instead of 10 s.
-PRELOAD = ("torch.distributed", "megatron.core.models.gpt")
+PRELOAD = ("torch.distributed",)
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
