@@ -1,6 +1,6 @@
 """Reads a Hugging Face folder: config.json, *.safetensors (one file or a sharded index), tokenizer files.
 
-Knows the folder's layout and which Llama variants the model floor computes; refuses the others by name.
+Knows the folder's layout; families.py knows what its config means.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, cast
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_sps2.config import DTYPES, DType, ModelConfig
+from checkpoints_tools.families import model_config
+from megatron_sps2.config import DTYPES, DType
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURES = ("llama", "mistral")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"),
@@ -41,76 +41,6 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} holds a {type(content).__name__}, expected a JSON object; fetch the model again"
         )
     return content
-
-
-def _rotary_base(config: Mapping[str, Any], path: Path) -> float:
-    """rope_theta, wherever this version of transformers wrote it. Raises ValueError for scaled positions."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(
-            f"{path}: rope_scaling of type {kind!r} is not supported; only 'default' positions are"
-        )
-    _refuse(path, {"partial_rotary_factor": (1, 1.0)}, {**config, **rope})
-    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
-
-
-def _refuse(path: Path, allowed: Mapping[str, tuple[Any, ...]], config: Mapping[str, Any]) -> None:
-    for name, values in allowed.items():
-        found = config.get(name)
-        if found is not None and found not in values:
-            raise ValueError(
-                f"{path}: {name}={found!r} is not supported; only {' or '.join(map(repr, values))} is"
-            )
-
-
-def _check_supported(config: Mapping[str, Any], path: Path) -> None:
-    if config.get("model_type") not in ARCHITECTURES:
-        raise ValueError(
-            f"{path}: model_type={config.get('model_type')!r} is not supported; "
-            f"only {' and '.join(ARCHITECTURES)} are"
-        )
-    allowed = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,)}
-    _refuse(path, allowed, config)
-    _refuse(path, {"layer_types": (["full_attention"] * int(config.get("num_hidden_layers", 0)),)}, config)
-    if config.get("quantization_config"):
-        raise ValueError(f"{path}: quantization_config is not supported; convert from the unquantised model")
-    window, length = config.get("sliding_window"), int(config.get("max_position_embeddings", 0))
-    if window is not None and window < length:
-        raise ValueError(
-            f"{path}: sliding_window={window} is not supported, every token sees all earlier ones; "
-            f"set max_position_embeddings={window} to stay inside the window"
-        )
-
-
-def model_config(config: Mapping[str, Any], path: Path, generation: Mapping[str, Any]) -> ModelConfig:
-    """config.json, generation_config.json -> ModelConfig. Raises ValueError naming what is not supported."""
-    _check_supported(config, path)
-    try:
-        heads = int(config["num_attention_heads"])
-        return ModelConfig(
-            num_layers=int(config["num_hidden_layers"]),
-            hidden_size=int(config["hidden_size"]),
-            ffn_hidden_size=int(config["intermediate_size"]),
-            num_attention_heads=heads,
-            num_query_groups=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-            vocab_size=int(config["vocab_size"]),
-            max_seq_len=int(config["max_position_embeddings"]),
-            norm_epsilon=float(config["rms_norm_eps"]),
-            rotary_base=_rotary_base(config, path),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
-        )
-    except KeyError as error:
-        raise ValueError(f"{path} has no {error.args[0]!r}, which a Llama model needs") from None
-
-
-def _ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
 
 
 class HfSource:

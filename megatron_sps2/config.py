@@ -14,6 +14,7 @@ ATTENTION_MODES = ("exact", "csa", "auto")
 POLICY_NAMES = ("sps2", "sarathi", "fcfs")
 PREEMPTION_MODES = ("recompute", "swap")
 DTYPES = ("float32", "bfloat16", "float16")
+ROPE_SCALINGS = ("linear", "llama3", "yarn")
 
 # Likeliest tokens that are reported beside a chosen one, at most.
 MAX_LOGPROBS = 20
@@ -43,8 +44,39 @@ def divisors(*counts: int) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for contexts longer than a model was first trained on.
+
+    linear: all by `factor`. llama3: long waves by `factor`, short ones not, smooth between. yarn: by the
+    turns that a wave makes within `original_max_seq_len`, and logits grow by `attention_factor` squared.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_seq_len: int
+    low_freq_factor: float = 1.0  # llama3: waves longer than the original length / this are stretched
+    high_freq_factor: float = 4.0  # llama3: waves shorter than the original length / this are not
+    beta_fast: float = 32.0  # yarn: waves with more turns than this are not stretched
+    beta_slow: float = 1.0  # yarn: waves with fewer turns than this are
+    attention_factor: float = 1.0
+    truncate: bool = True  # yarn: the ramp begins and ends at whole dimensions
+
+    def __post_init__(self) -> None:
+        _require_choice("rope_scaling", self.kind, ROPE_SCALINGS)
+        _require_positive(self, "original_max_seq_len")
+        for name in ("factor", "beta_fast", "beta_slow", "low_freq_factor", "attention_factor"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"rope_scaling: {name}={getattr(self, name)} must be above 0 and finite")
+        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"rope_scaling: low_freq_factor={self.low_freq_factor} must be below "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Shape of a Llama-family decoder: RMSNorm, RoPE, GQA, SwiGLU, no biases.
+    """Shape of a Llama-like decoder: RMSNorm, RoPE, GQA, SwiGLU; a few switches for its relatives.
 
     Names are Megatron's; `num_query_groups` is what Hugging Face calls num_key_value_heads.
     """
@@ -59,6 +91,10 @@ class ModelConfig:
     max_seq_len: int
     norm_epsilon: float = 1e-5
     rotary_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    no_rope_layers: tuple[int, ...] = ()  # layers, from 0, whose queries and keys are not turned (SmolLM3)
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # RMSNorm over each head's query and key, before they are turned (Qwen3)
     # True: the output layer reuses the embedding matrix (Hugging Face tie_word_embeddings).
     tie_embeddings: bool = False
     bos_token_id: int | None = None
@@ -81,11 +117,21 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions need an even head_dim")
+        if any(not 0 <= layer < self.num_layers for layer in self.no_rope_layers):
+            raise ValueError(
+                f"no_rope_layers={self.no_rope_layers} must lie between 0 and {self.num_layers - 1}"
+            )
 
     @property
     def queries_per_group(self) -> int:
         """Query heads that share one KV head."""
         return self.num_attention_heads // self.num_query_groups
+
+    @property
+    def softmax_scale(self) -> float:
+        """What logits are multiplied with; yarn's factor belongs to queries and keys alike."""
+        stretch = self.rope_scaling.attention_factor if self.rope_scaling else 1.0
+        return self.head_dim**-0.5 * stretch**2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

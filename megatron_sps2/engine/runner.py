@@ -111,7 +111,7 @@ class Runner:
         self._overlap, self._device = overlap, torch.device(device)
         self._replica, self._csa, self._tp_rank = replica, csa, tp_rank
         self._unit = unit  # of tokens that stay together on a rank, as the scheduler lays them out
-        self._scale = forward.model.head_dim**-0.5
+        self._scale = forward.model.softmax_scale
         self._sequences: dict[int, _Sequence] = {}
         self._paused: dict[int, _Part] = {}
 

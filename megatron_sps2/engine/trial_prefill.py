@@ -47,7 +47,7 @@ def csa_run(
     return CsaRun(
         plan=CsaPlan(setting, num_tokens, 1),
         wire=Wire(world_axis(), Ledger()),
-        scale=model.head_dim**-0.5,
+        scale=model.softmax_scale,
         overlap=False,
         tally=CsaTally(model.num_layers, model.num_query_groups),
         observe=observe,
@@ -123,7 +123,7 @@ class PaperPrefill:
             boundaries=[0, *(held[0].stop for held in self._layout.segments)],
             group_sizes=self._groups,
             degrees=self._degrees,
-            scale=self._model.head_dim**-0.5,
+            scale=self._model.softmax_scale,
         )
 
     def bytes_per_rank_per_layer(self) -> list[float]:

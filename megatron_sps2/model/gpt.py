@@ -64,7 +64,8 @@ class GptForward:
 
     def angles(self, positions: Tensor) -> Tensor:
         """[s] places in the whole sequence -> what `layer` takes as angles, once for all layers."""
-        return rotary_angles(positions, self.model.head_dim, self.model.rotary_base)
+        model = self.model
+        return rotary_angles(positions, model.head_dim, model.rotary_base, model.rope_scaling)
 
     @torch.inference_mode()
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -78,7 +79,8 @@ class GptForward:
         if hidden.shape[0] == 0:
             _attend_nothing(layer.self_attention, hidden)
             return hidden
-        hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=angles)
+        turned = None if index in self.model.no_rope_layers else angles
+        hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=turned)
         return hidden
 
     @torch.inference_mode()

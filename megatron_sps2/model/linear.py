@@ -17,25 +17,29 @@ from torch import Tensor, nn
 PACK_FOR_ROWS = 16
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., k], weight [n, k] plain or packed -> [..., n]."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., k], weight [n, k] plain or packed, bias [n] -> [..., n]."""
     if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return F.linear(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 class CpuColumnParallelLinear(ColumnParallelLinear):
     """Megatron's column-parallel linear whose product accepts a packed weight."""
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return linear(input, weight)
+    def _forward_impl(
+        self, input: Tensor, weight: Tensor, *args: object, bias: Tensor | None = None, **kwargs: object
+    ) -> Tensor:
+        return linear(input, weight, bias)
 
 
 class CpuRowParallelLinear(RowParallelLinear):
     """Megatron's row-parallel linear whose product accepts a packed weight."""
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return linear(input, weight)
+    def _forward_impl(
+        self, input: Tensor, weight: Tensor, *args: object, bias: Tensor | None = None, **kwargs: object
+    ) -> Tensor:
+        return linear(input, weight, bias)
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_sps2.config import DTYPES, DType, ModelConfig
+from megatron_sps2.config import DTYPES, DType, ModelConfig, RopeScaling
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "sps2_model.json"
@@ -80,6 +80,9 @@ def _parse(content: dict[str, Any]) -> Manifest:
     if unknown:
         raise ValueError(f"unknown model fields {sorted(unknown)}")
     values["eos_token_ids"] = tuple(values["eos_token_ids"])
+    values["no_rope_layers"] = tuple(values.get("no_rope_layers", ()))
+    if values.get("rope_scaling"):
+        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
     files = {str(name): int(size) for name, size in content["files"].items()}
     return Manifest(
         model=ModelConfig(**values),

@@ -25,7 +25,7 @@ from megatron_sps2.model.linear import CpuColumnParallelLinear, CpuRowParallelLi
 
 
 def transformer_config(model: ModelConfig, tp_size: int, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's config for inference: no bias, no dropout, no fusion that needs CUDA, no weights drawn."""
+    """Megatron's config for inference: no dropout, no fusion that needs CUDA, no weights drawn."""
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -38,6 +38,8 @@ def transformer_config(model: ModelConfig, tp_size: int, dtype: torch.dtype) -> 
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_dropout_fusion=False,
@@ -77,12 +79,16 @@ def _apex_norm(norm: type[nn.Module], config: TransformerConfig, hidden_size: in
     return norm(hidden_size, eps=eps)
 
 
-def layer_spec(core_attention: CoreAttentionBuilder, device: torch.device) -> ModuleSpec:
+def layer_spec(
+    core_attention: CoreAttentionBuilder, device: torch.device, *, qk_norm: bool = False
+) -> ModuleSpec:
     """Megatron's local layer spec with `core_attention` in its slot, and on CPU our linears in theirs."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
     attention.core_attention = core_attention
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = rms_norm_builder()
+    if qk_norm:
+        attention.q_layernorm = attention.k_layernorm = rms_norm_builder()
     if device.type == "cpu":
         attention.linear_qkv = mlp.linear_fc1 = CpuColumnParallelLinear
         attention.linear_proj = mlp.linear_fc2 = CpuRowParallelLinear
@@ -103,7 +109,8 @@ def build_gpt(
     tp_size = pg_collection.tp.size()
     config = transformer_config(model, tp_size, dtype)
     layers = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(core_attention, torch.device(device))] * model.num_layers,
+        layer_specs=[layer_spec(core_attention, torch.device(device), qk_norm=model.qk_norm)]
+        * model.num_layers,
         layer_norm=rms_norm_builder(),
     )
     gpt = GPTModel(

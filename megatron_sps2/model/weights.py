@@ -1,10 +1,11 @@
-"""Weight rules between Hugging Face Llama names and Megatron names, both directions.
+"""Weight rules between Hugging Face names of Llama and its relatives and Megatron names, both directions.
 
 Pure functions on whole (unsharded) tensors. Knows names and layouts; no file, no rank.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -31,18 +32,21 @@ class WeightRule:
 
 
 def join_qkv(model: ModelConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [n*d, h], k and v [n_kv*d, h] -> [n_kv * (n/n_kv + 2) * d, h]: per KV head its queries, k and v."""
-    groups, width = model.num_query_groups, q.shape[-1]
-    parts = [x.view(groups, -1, model.head_dim, width) for x in (q, k, v)]
-    return torch.cat(parts, dim=1).reshape(-1, width)
+    """q [n*d, h], k and v [n_kv*d, h] -> [n_kv * (n/n_kv + 2) * d, h]: per KV head its queries, k and v.
+
+    Biases, without the h, are laid out alike.
+    """
+    groups, width = model.num_query_groups, q.shape[1:]
+    parts = [x.view(groups, -1, model.head_dim, *width) for x in (q, k, v)]
+    return torch.cat(parts, dim=1).reshape(-1, *width)
 
 
 def split_qkv(model: ModelConfig, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of join_qkv."""
-    width = qkv.shape[-1]
-    grouped = qkv.view(model.num_query_groups, model.queries_per_group + 2, model.head_dim, width)
-    q, k, v = grouped.split((model.queries_per_group, 1, 1), dim=1)
-    return q.reshape(-1, width), k.reshape(-1, width), v.reshape(-1, width)
+    width = qkv.shape[1:]
+    grouped = qkv.view(model.num_query_groups, model.queries_per_group + 2, model.head_dim, *width)
+    q, k, v = (x.reshape(-1, *width) for x in grouped.split((model.queries_per_group, 1, 1), dim=1))
+    return q, k, v
 
 
 def join_gate_up(gate: Tensor, up: Tensor) -> Tensor:
@@ -71,13 +75,21 @@ def _layer_rules(model: ModelConfig, ours: str, hf: str) -> Iterator[WeightRule]
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     q_size, kv_size = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
     yield _same(f"{ours}.input_layernorm.weight", f"{hf}.input_layernorm.weight", (hidden,))
-    yield WeightRule(
-        f"{ours}.self_attention.linear_qkv.weight",
-        tuple(f"{hf}.self_attn.{name}_proj.weight" for name in "qkv"),
-        ((q_size, hidden), (kv_size, hidden), (kv_size, hidden)),
-        lambda q, k, v: join_qkv(model, q, k, v),
-        lambda qkv: split_qkv(model, qkv),
-    )
+    parts: dict[str, tuple[int, ...]] = {"weight": (hidden,), **({"bias": ()} if model.qkv_bias else {})}
+    for kind, width in parts.items():
+        yield WeightRule(
+            f"{ours}.self_attention.linear_qkv.{kind}",
+            tuple(f"{hf}.self_attn.{name}_proj.{kind}" for name in "qkv"),
+            ((q_size, *width), (kv_size, *width), (kv_size, *width)),
+            functools.partial(join_qkv, model),
+            functools.partial(split_qkv, model),
+        )
+    for name in "qk" if model.qk_norm else "":
+        yield _same(
+            f"{ours}.self_attention.{name}_layernorm.weight",
+            f"{hf}.self_attn.{name}_norm.weight",
+            (model.head_dim,),
+        )
     yield _same(
         f"{ours}.self_attention.linear_proj.weight", f"{hf}.self_attn.o_proj.weight", (hidden, q_size)
     )
