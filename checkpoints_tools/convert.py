@@ -1,123 +1,84 @@
-"""SRC (a GGUF file or a Hugging Face folder) -> a Megatron checkpoint folder with tokenizer and model config.
+"""SRC, of any format that is read -> DST: a Megatron checkpoint, core or legacy, or a Hugging Face folder.
 
-One process, no launcher, CPU only. Knows the steps; the formats are in hf.py and gguf.py.
+One process, no launcher, CPU only. Knows the steps; each format has a file of its own.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import nn
-
+from checkpoints_tools.core import CoreSource, alone, write_core
 from checkpoints_tools.gguf import GgufSource
 from checkpoints_tools.hf import HfSource
-from checkpoints_tools.source import Source, check_weights
-from megatron_sps2.config import DTYPES, DType, ModelConfig
-from megatron_sps2.model.checkpoint import save_model
-from megatron_sps2.model.manifest import check_replaceable
-from megatron_sps2.model.spec import build_gpt
-from megatron_sps2.model.weights import to_megatron
-
-Progress = Callable[[str, int, int], None]  # (what, done, total)
+from checkpoints_tools.hf_writer import write_hf
+from checkpoints_tools.legacy import LegacySource, find_legacy
+from checkpoints_tools.legacy_writer import write_legacy
+from checkpoints_tools.llama2c import Llama2cSource, is_llama2c
+from checkpoints_tools.source import CheckedSource, Source, check_weights
+from checkpoints_tools.target import Progress, check_target
+from megatron_sps2.config import CHECKPOINT_FORMATS, DTYPES, CheckpointFormat, DType, ModelConfig
+from megatron_sps2.model.manifest import MANIFEST_NAME, WEIGHTS_NAME
 
 
 def convert(
     src: str | Path,
     dst: str | Path,
     *,
+    to: CheckpointFormat = "megatron",
+    tp_size: int = 1,
+    pp_size: int = 1,
     dtype: DType | None = None,
     force: bool = False,
+    trust_pickle: bool = False,
     progress: Progress | None = None,
 ) -> ModelConfig:
-    """Writes the checkpoint folder `dst`, whole or not at all, and returns the model's shape.
+    """Writes the folder `dst`, whole or not at all, and returns the model's shape.
 
-    dtype: of the weights on disk; default is the source's (GGUF: float32). force: replace a checkpoint that
-    is at `dst`; anything else there but an empty folder is left alone. Raises FileNotFoundError,
-    FileExistsError or ValueError naming the file, the weight or the config entry.
+    tp_size, pp_size: shards of a megatron-legacy checkpoint; the others load at any. dtype: of the weights on
+    disk; default is the source's (GGUF: float32). force: replace a checkpoint that is at `dst`; anything else
+    there but an empty folder is left alone. trust_pickle: let a legacy checkpoint run the code it holds.
+    Raises FileNotFoundError, FileExistsError or ValueError naming the file, the weight or the config entry.
     Megatron's writer starts a process: call this under `if __name__ == "__main__"` or from a module.
     """
     target = Path(dst)
-    _check_target(Path(src), target, force)
+    check_target(Path(src), target, force)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
-    source = open_source(Path(src))
+    if to not in CHECKPOINT_FORMATS:
+        raise ValueError(f"to={to!r} is not known; use one of {', '.join(CHECKPOINT_FORMATS)}")
+    source = CheckedSource(open_source(Path(src), trust_pickle=trust_pickle))
     check_weights(source)
     target.resolve().parent.mkdir(parents=True, exist_ok=True)
-    chosen = dtype or source.dtype
-    with _alone() as pg_collection:
-        gpt = build_gpt(source.model, pg_collection, _NoAttention, getattr(torch, chosen))
-        _fill(gpt, source, progress or _silent)
-        save_model(gpt, target, source.model, chosen, pg_collection, add_files=source.save_tokenizer)
+    chosen, show = dtype or source.dtype, progress or _silent
+    if to == "megatron":
+        with alone() as pg_collection:
+            write_core(source, target, chosen, pg_collection, show)
+    elif to == "hf":
+        write_hf(source, target, chosen, show)
+    else:
+        write_legacy(source, target, chosen, tp_size, pp_size, show)
     return source.model
 
 
-def open_source(src: Path) -> Source:
-    """Guesses the format of `src`: a file ending in .gguf, or a folder with config.json."""
+def open_source(src: Path, *, trust_pickle: bool = False) -> Source:
+    """Guesses the format of `src` by what is there."""
     if not src.exists():
-        raise FileNotFoundError(f"{src} does not exist; give a .gguf file or a Hugging Face model folder")
+        raise FileNotFoundError(f"{src} does not exist; give a .gguf file or a model's folder")
     if src.is_file() and src.suffix.lower() == ".gguf":
         return GgufSource(src)
+    if src.is_file() and is_llama2c(src):
+        return Llama2cSource(src)
+    if (src / MANIFEST_NAME).is_file() and (src / WEIGHTS_NAME / "metadata.json").is_file():
+        return CoreSource(src)
+    if src.is_dir() and (shards := find_legacy(src)) is not None:
+        return LegacySource(shards, trust_pickle=trust_pickle)
     if (src / "config.json").is_file():
         return HfSource(src)
     raise ValueError(
-        f"{src} is neither a .gguf file nor a folder with config.json; these two formats are read"
+        f"{src} is no .gguf or llama2.c file, no folder with config.json, and no Megatron checkpoint "
+        f"({MANIFEST_NAME} and {WEIGHTS_NAME}/, or iter_NNNNNNN/mp_rank_TT/model_optim_rng.pt)"
     )
-
-
-def _check_target(src: Path, target: Path, force: bool) -> None:
-    source, place = src.resolve(), target.resolve()
-    if source == place or place in source.parents or source in place.parents:
-        raise ValueError(
-            f"SRC {src} and DST {target} are the same or one lies inside the other; give a DST outside SRC"
-        )
-    check_replaceable(target)
-    if target.is_dir() and any(target.iterdir()) and not force:
-        raise FileExistsError(f"{target} is not empty; give another folder, or --force to replace it")
-
-
-def _fill(gpt: nn.Module, source: Source, progress: Progress) -> None:
-    params = dict(gpt.named_parameters())
-    for done, (name, weight) in enumerate(to_megatron(source.model, source.fetch), start=1):
-        with torch.no_grad():
-            params[name].copy_(weight)
-        progress("weights", done, len(params))
 
 
 def _silent(what: str, done: int, total: int) -> None:
     pass
-
-
-class _NoAttention(nn.Module):
-    """Stands in the core attention slot of a model that is only filled and saved."""
-
-    def __init__(self, **kwargs: object) -> None:
-        super().__init__()
-
-
-@contextmanager
-def _alone() -> Iterator[ProcessGroupCollection]:
-    """Process groups of one rank, without a launcher or a port; a world of one rank is used as it is."""
-    if dist.is_initialized():
-        if dist.get_world_size() > 1:
-            raise RuntimeError(
-                f"convert runs on one rank, the world has {dist.get_world_size()}; run it alone"
-            )
-        yield _groups()
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        try:
-            yield _groups()
-        finally:
-            dist.destroy_process_group()
-
-
-def _groups() -> ProcessGroupCollection:
-    world = dist.group.WORLD
-    return ProcessGroupCollection(tp=world, cp=world, pp=world, embd=None, dp_cp=world)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sps2.config import ModelConfig, RopeScaling
+from megatron_sps2.config import DType, ModelConfig, RopeScaling
 
 Config = Mapping[str, Any]
 
@@ -190,3 +190,71 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)
+
+
+def hf_config(model: ModelConfig, dtype: DType) -> dict[str, Any]:
+    """config.json of a model, as the family that computes the same: model_config's inverse.
+
+    A Mistral or Yi model comes back as the Llama that it is.
+    """
+    kind, name = _kind(model)
+    config = {
+        "architectures": [name],
+        "model_type": kind,
+        "hidden_act": "silu",
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.head_dim,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_seq_len,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rotary_base,
+        "rope_scaling": _rope_entry(model.rope_scaling),
+        "tie_word_embeddings": model.tie_embeddings,
+        "bos_token_id": model.bos_token_id,
+        "eos_token_id": list(model.eos_token_ids) or None,
+        "torch_dtype": dtype,
+    }
+    if kind == "smollm3":
+        turns = [int(layer not in model.no_rope_layers) for layer in range(model.num_layers)]
+        config |= {"no_rope_layers": turns, "pad_token_id": None}
+    return config
+
+
+def _kind(model: ModelConfig) -> tuple[str, str]:
+    """model_type and transformers' class. Raises ValueError for a mixture that no family has."""
+    switches = model.qkv_bias, model.qk_norm, bool(model.no_rope_layers)
+    kinds = {
+        (False, False, False): ("llama", "LlamaForCausalLM"),
+        (True, False, False): ("qwen2", "Qwen2ForCausalLM"),
+        (False, True, False): ("qwen3", "Qwen3ForCausalLM"),
+        (False, False, True): ("smollm3", "SmolLM3ForCausalLM"),
+    }
+    if switches not in kinds:
+        raise ValueError(
+            f"no family has qkv_bias={model.qkv_bias}, qk_norm={model.qk_norm} and "
+            f"no_rope_layers={model.no_rope_layers} together; write a Megatron checkpoint instead"
+        )
+    return kinds[switches]
+
+
+def _rope_entry(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    entry: dict[str, Any] = {
+        "rope_type": scaling.kind,
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_max_seq_len,
+    }
+    if scaling.kind == "llama3":
+        return entry | {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+        }
+    if scaling.kind == "yarn":
+        names = ("beta_fast", "beta_slow", "attention_factor", "truncate")
+        return entry | {name: getattr(scaling, name) for name in names}
+    return entry

@@ -108,6 +108,9 @@ def _weight_files(folder: Path) -> list[Path]:
             raise FileNotFoundError(f"{folder} has no *.safetensors file; other weight formats are not read")
         return files
     listed = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+    outside = [name for name in listed if Path(name).name != name]
+    if outside:
+        raise ValueError(f"{folder / INDEX} names {outside[0]!r}, which is outside {folder}; it is not read")
     missing = [name for name in listed if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(

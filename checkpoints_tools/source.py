@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from megatron_sps2.config import DType, ModelConfig
+from megatron_sps2.config import DTYPES, DType, ModelConfig
 from megatron_sps2.model.weights import hf_shapes
 
 
@@ -52,3 +53,32 @@ def check_weights(source: Source) -> None:
             f"; and {len(complaints) - 8} more" if len(complaints) > 8 else ""
         )
         raise ValueError(f"the weights in {source.path} do not fit its config: {shown}")
+
+
+class CheckedSource:
+    """A source whose every weight is looked at as it passes: numbers, and of a kind that is served."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.path, self.model, self.dtype = source.path, source.model, source.dtype
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._source.shapes
+
+    def fetch(self, name: str) -> Tensor:
+        """Raises ValueError naming the files and the weight."""
+        weight = self._source.fetch(name)
+        kind = str(weight.dtype).removeprefix("torch.")
+        if kind not in DTYPES:
+            raise ValueError(f"{self.path}: {name} is of dtype {kind}; only {', '.join(DTYPES)} are read")
+        num_bad = int((~torch.isfinite(weight)).sum())
+        if num_bad:
+            raise ValueError(
+                f"{self.path}: {num_bad} of {weight.numel()} values of {name} are NaN or infinite; the file "
+                "is damaged, or its training failed"
+            )
+        return weight
+
+    def save_tokenizer(self, folder: Path) -> None:
+        self._source.save_tokenizer(folder)

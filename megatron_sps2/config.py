@@ -14,6 +14,7 @@ ATTENTION_MODES = ("exact", "csa", "auto")
 POLICY_NAMES = ("sps2", "sarathi", "fcfs")
 PREEMPTION_MODES = ("recompute", "swap")
 DTYPES = ("float32", "bfloat16", "float16")
+CHECKPOINT_FORMATS = ("megatron", "hf", "megatron-legacy")
 ROPE_SCALINGS = ("linear", "llama3", "yarn")
 
 # Likeliest tokens that are reported beside a chosen one, at most.
@@ -23,6 +24,7 @@ PrefillStrategy = Literal["auto", "ulysses", "pass_kv", "pass_q"]
 PolicyName = Literal["sps2", "sarathi", "fcfs"]
 PreemptionMode = Literal["recompute", "swap"]
 AttentionMode = Literal["exact", "csa", "auto"]
+CheckpointFormat = Literal["megatron", "hf", "megatron-legacy"]
 DType = Literal["float32", "bfloat16", "float16"]
 
 

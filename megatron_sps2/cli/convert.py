@@ -1,9 +1,11 @@
-"""`sps2 convert SRC DST`: other people's checkpoints to a Megatron checkpoint folder."""
+"""`sps2 convert SRC DST`: checkpoints of one format to another."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import Progress
@@ -12,15 +14,32 @@ from rich.progress import Progress
 def run(args: argparse.Namespace) -> int:
     from checkpoints_tools.convert import convert
 
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(f"opening {args.source}", total=None)
-
-        def show(what: str, done: int, total: int) -> None:
-            # The file is written once the last weight has been read.
-            text = f"writing {args.target}" if done == total else f"reading {what}"
-            bar.update(task, description=text, completed=done, total=None if done == total else total)
-
-        model = convert(args.source, args.target, dtype=args.dtype, force=args.force, progress=show)
+    with bar(f"opening {args.source}", last=f"writing {args.target}") as show:
+        model = convert(
+            args.source,
+            args.target,
+            to=args.to,
+            tp_size=args.tp,
+            pp_size=args.pp,
+            dtype=args.dtype,
+            force=args.force,
+            trust_pickle=args.trust_pickle,
+            progress=show,
+        )
     shape = f"{model.num_layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}"
     print(f"{args.target}: {shape}")
     return 0
+
+
+@contextmanager
+def bar(first: str, last: str | None = None) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on a terminal's stderr. `last` is said once all weights have been read."""
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(first, total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            is_last = last is not None and done == total
+            text = last if is_last else f"reading {what}"
+            progress.update(task, description=text, completed=done, total=None if is_last else total)
+
+        yield show

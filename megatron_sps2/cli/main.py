@@ -21,6 +21,8 @@ COMMANDS = {
     "chat": arguments.add_chat,
     "serve": serve_arguments.add_serve,
     "convert": arguments.add_convert,
+    "verify": arguments.add_verify,
+    "inspect": arguments.add_inspect,
     "doctor": arguments.add_doctor,
     "csa": arguments.add_csa,
 }

@@ -117,9 +117,11 @@ def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def to_megatron(model: ModelConfig, fetch: Fetch) -> Iterator[tuple[str, Tensor]]:
-    """(Megatron name, tensor) one by one; `fetch` gives a Hugging Face weight by name."""
+def to_megatron(model: ModelConfig, fetch: Fetch, only: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(Megatron name, tensor) one by one, or one alone; `fetch` gives a Hugging Face weight by name."""
     for rule in weight_rules(model):
+        if only not in (None, rule.megatron):
+            continue
         yield rule.megatron, rule.join(*(fetch(name) for name in rule.hf))
 
 

@@ -1,0 +1,117 @@
+"""Megatron core checkpoints (torch_dist), read and written weight by weight in one process.
+
+Knows how the model floor saves; a checkpoint larger than memory passes through the disk.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+
+from checkpoints_tools.core_reader import CoreReader
+from checkpoints_tools.hf import TOKENIZER_FILES
+from checkpoints_tools.source import Source
+from checkpoints_tools.target import Progress
+from megatron_sps2.config import DType
+from megatron_sps2.model.checkpoint import save_model
+from megatron_sps2.model.manifest import WEIGHTS_NAME, check_files, read_manifest
+from megatron_sps2.model.spec import build_gpt
+from megatron_sps2.model.weights import hf_shapes, to_megatron, weight_rules
+
+
+class CoreSource:
+    """A checkpoint folder of sps2. No weight is read before `fetch`."""
+
+    def __init__(self, folder: Path) -> None:
+        manifest = read_manifest(folder)
+        check_files(folder, manifest)
+        self.path, self.model, self.dtype = folder, manifest.model, manifest.dtype
+        self._reader = CoreReader(folder / WEIGHTS_NAME)
+        self._rules = {name: rule for rule in weight_rules(manifest.model) for name in rule.hf}
+        self._newest: tuple[str, dict[str, Tensor]] = "", {}
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return hf_shapes(self.model)
+
+    def fetch(self, name: str) -> Tensor:
+        """q, k and v, and gate and up, are one weight here, which is kept for the others' turn."""
+        rule = self._rules[name]
+        if self._newest[0] != rule.megatron:
+            rows = sum(shape[0] for shape in rule.hf_shapes)
+            parts = rule.split(self._reader.read(rule.megatron)[:rows])  # without a vocabulary's padding
+            self._newest = rule.megatron, dict(zip(rule.hf, parts, strict=True))
+        return self._newest[1][name].contiguous()
+
+    def save_tokenizer(self, folder: Path) -> None:
+        copy_tokenizer(self.path, folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Whatever there is of it."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def write_core(
+    source: Source, target: Path, dtype: DType, pg_collection: ProcessGroupCollection, progress: Progress
+) -> None:
+    """The checkpoint folder `target`, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=".sps2-") as scratch:
+        gpt = build_gpt(source.model, pg_collection, _NoAttention, getattr(torch, dtype))
+        _move_to_disk(gpt, Path(scratch))
+        params = dict(gpt.named_parameters())
+        for done, (name, weight) in enumerate(to_megatron(source.model, source.fetch), start=1):
+            with torch.no_grad():
+                params.pop(name).copy_(weight)
+            progress("weights", done, done + len(params))
+        assert not params, f"no rule fills {sorted(params)}"
+        save_model(gpt, target, source.model, dtype, pg_collection, add_files=source.save_tokenizer)
+
+
+def _move_to_disk(gpt: nn.Module, folder: Path) -> None:
+    """Weights lie in mapped files, which the system writes back when memory runs short."""
+    for number, param in enumerate(gpt.parameters()):
+        path = folder / str(number)
+        mapped = torch.from_file(str(path), shared=True, size=param.numel(), dtype=param.dtype)
+        path.unlink()  # It lives as long as it is mapped, and no longer.
+        param.data = mapped.view(param.shape)
+
+
+class _NoAttention(nn.Module):
+    """Stands in the core attention slot of a model that is only filled and saved."""
+
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__()
+
+
+@contextmanager
+def alone() -> Iterator[ProcessGroupCollection]:
+    """Process groups of one rank, without a launcher or a port; a world of one rank is used as it is."""
+    if dist.is_initialized():
+        if dist.get_world_size() > 1:
+            raise RuntimeError(
+                f"convert runs on one rank, the world has {dist.get_world_size()}; run it alone"
+            )
+        yield _groups()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            yield _groups()
+        finally:
+            dist.destroy_process_group()
+
+
+def _groups() -> ProcessGroupCollection:
+    world = dist.group.WORLD
+    return ProcessGroupCollection(tp=world, cp=world, pp=world, embd=None, dp_cp=world)

@@ -1,0 +1,132 @@
+"""Weights of a torch_dist folder one at a time, by the names of the model floor; no process group is needed.
+
+The index is a pickle: only the classes that describe tensors are allowed in it, so that nothing of it runs.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+INDEX = ".metadata"
+_ALLOWED_MODULES = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.planner",
+    "torch.distributed.checkpoint.filesystem",
+)
+_ALLOWED_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
+# Megatron saves the norms before a linear under the linear's name, as Transformer Engine fuses them.
+_SAVED_AS = (
+    (".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"),
+    (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
+)
+
+
+class CoreReader:
+    """The tensors in one folder of *.distcp files. Raises ValueError naming the folder and the weight."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self._metadata = _read_index(folder / INDEX)
+        self._reader = FileSystemReader(folder)
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By the names in the files, in which all layers are one tensor."""
+        return {name: tuple(each.size) for name, each in self._tensors().items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As saved."""
+        return self._find(name)[1].properties.dtype
+
+    def read(self, name: str) -> Tensor:
+        """A weight by its name in the model, "decoder.layers.3..."."""
+        key, found, layer = self._find(name)
+        offsets, sizes = [0] * len(found.size), list(found.size)
+        if layer is not None:
+            offsets[0], sizes[0] = layer, 1
+        chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
+        whole = torch.empty(sizes, dtype=found.properties.dtype)
+        plan = LoadPlan(create_read_items_for_chunk_list(key, found, [chunk]))
+        try:
+            self._reader.read_data(plan, _Into(whole)).wait()
+        except Exception as error:  # A damaged file can raise anything.
+            raise ValueError(f"{self.path}: {name} cannot be read: {error!r}") from error
+        return whole if layer is None else whole[0]
+
+    def _tensors(self) -> dict[str, TensorStorageMetadata]:
+        found = self._metadata.state_dict_metadata
+        return {name: each for name, each in found.items() if isinstance(each, TensorStorageMetadata)}
+
+    def _find(self, name: str) -> tuple[str, TensorStorageMetadata, int | None]:
+        """The key in the files, what is known of it, and which of its layers `name` is; None: all of it."""
+        tensors = self._tensors()
+        for ours, saved in _SAVED_AS:
+            name = name.replace(ours, saved)
+        if name in tensors:
+            return name, tensors[name], None
+        layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+        key = name.replace(f".{layer[1]}.", ".", 1) if layer else name
+        if layer is None or key not in tensors:
+            raise ValueError(f"{self.path} holds no {name}")
+        if int(layer[1]) >= tensors[key].size[0]:
+            raise ValueError(
+                f"{self.path} holds {tensors[key].size[0]} layers of {key}, not layer {layer[1]}"
+            )
+        return key, tensors[key], int(layer[1])
+
+
+class _Into(LoadPlanner):
+    """Puts everything that is read into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        view = self._target
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            view = view.narrow(dim, start, length)
+        return view
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """It was copied into the target already."""
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None: ...
+    def create_local_plan(self) -> LoadPlan: ...  # type: ignore[empty-body]
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]: ...  # type: ignore[empty-body]
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan: ...  # type: ignore[empty-body]
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None: ...
+
+
+class _Restricted(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not (module in _ALLOWED_MODULES or is_dtype or (module, name) in _ALLOWED_NAMES) or "." in name:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no tensor")
+        return super().find_class(module, name)
+
+
+def _read_index(path: Path) -> Metadata:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; a Megatron core checkpoint has one")
+    try:
+        with path.open("rb") as file:
+            found = _Restricted(file).load()
+    except Exception as error:  # A damaged pickle can raise anything.
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, Metadata):
+        raise ValueError(f"{path} holds a {type(found).__name__}, no index of tensors")
+    outside = [each.relative_path for each in found.storage_data.values() if "/" in each.relative_path]
+    if outside:
+        raise ValueError(f"{path} points outside its folder, to {outside[0]!r}; it is not read")
+    return found

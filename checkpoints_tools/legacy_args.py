@@ -1,0 +1,108 @@
+"""Megatron's command-line arguments, as its checkpoints keep them <-> ModelConfig. Plain values."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_sps2.config import DType, ModelConfig, RopeScaling
+
+# What the model floor computes; another value means another model.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "normalization": ("RMSNorm",),
+    "swiglu": (True,),
+    "add_bias_linear": (False,),
+    "position_embedding_type": ("rope",),
+    "rotary_percent": (1.0,),
+    "rotary_interleaved": (False,),
+    "rotary_seq_len_interpolation_factor": (None, 1),
+    "apply_layernorm_1p": (False,),
+    "num_experts": (None, 0),
+    "multi_latent_attention": (False,),
+    "window_size": (None,),
+    "transformer_impl": ("local", "transformer_engine"),
+}
+
+
+def model_config(args: Any, path: Path) -> ModelConfig:
+    """Raises ValueError naming the argument that is missing or not supported."""
+    if args is None:
+        raise ValueError(f"{path} holds no args, so its model's shape is not known; add sps2_model.json")
+    values = dict(args) if isinstance(args, dict) else vars(args)
+    for name, allowed in _ALLOWED.items():
+        if name in values and values[name] not in allowed:
+            shown = " or ".join(map(repr, allowed))
+            raise ValueError(f"{path}: args.{name}={values[name]!r} is not supported; only {shown} is")
+    try:
+        heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
+        grouped = values.get("group_query_attention", False)
+        return ModelConfig(
+            num_layers=int(values["num_layers"]),
+            hidden_size=hidden,
+            ffn_hidden_size=int(values["ffn_hidden_size"]),
+            num_attention_heads=heads,
+            num_query_groups=int(values["num_query_groups"]) if grouped else heads,
+            head_dim=int(values.get("kv_channels") or hidden // heads),
+            vocab_size=int(values.get("vocab_size") or values["padded_vocab_size"]),
+            max_seq_len=int(values["max_position_embeddings"]),
+            norm_epsilon=float(values.get("norm_epsilon") or values.get("layernorm_epsilon") or 1e-5),
+            rotary_base=float(values.get("rotary_base") or 10000.0),
+            rope_scaling=_scaling(values),
+            qkv_bias=bool(values.get("add_qkv_bias", False)),
+            qk_norm=bool(values.get("qk_layernorm", False)),
+            tie_embeddings=not values.get("untie_embeddings_and_output_weights", False),
+        )
+    except KeyError as error:
+        raise ValueError(f"{path}: args has no {error.args[0]!r}, which names the model's shape") from None
+
+
+def _scaling(values: dict[str, Any]) -> RopeScaling | None:
+    """Megatron's --use-rope-scaling is Llama 3.1's, with 8,192 and the factors 1 and 4 built in."""
+    if not values.get("use_rope_scaling"):
+        return None
+    factor = float(values.get("rope_scaling_factor") or 8.0)
+    return RopeScaling(kind="llama3", factor=factor, original_max_seq_len=8192)
+
+
+def make_args(
+    model: ModelConfig, dtype: DType, tp_size: int, pp_size: int, padded: int
+) -> argparse.Namespace:
+    """What Megatron needs to build the model again, under its own names."""
+    return argparse.Namespace(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        group_query_attention=model.num_query_groups != model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        vocab_size=model.vocab_size,
+        padded_vocab_size=padded,
+        make_vocab_size_divisible_by=padded // tp_size,
+        max_position_embeddings=model.max_seq_len,
+        seq_length=model.max_seq_len,
+        norm_epsilon=model.norm_epsilon,
+        normalization="RMSNorm",
+        swiglu=True,
+        add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
+        position_embedding_type="rope",
+        use_rotary_position_embeddings=True,
+        rotary_base=int(model.rotary_base) if model.rotary_base.is_integer() else model.rotary_base,
+        rotary_percent=1.0,
+        use_rope_scaling=model.rope_scaling is not None and model.rope_scaling.kind == "llama3",
+        rope_scaling_factor=model.rope_scaling.factor if model.rope_scaling else None,
+        untie_embeddings_and_output_weights=not model.tie_embeddings,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        tensor_model_parallel_size=tp_size,
+        pipeline_model_parallel_size=pp_size,
+        iteration=0,
+        transformer_impl="local",
+        ckpt_format="torch",
+    )
