@@ -46,8 +46,8 @@ class CoreSource:
         """q, k and v, and gate and up, are one weight here, which is kept for the others' turn."""
         rule = self._rules[name]
         if self._newest[0] != rule.megatron:
-            rows = sum(shape[0] for shape in rule.hf_shapes)
-            parts = rule.split(self._reader.read(rule.megatron)[:rows])  # without a vocabulary's padding
+            whole = self._reader.read(rule.megatron)[: rule.shape[0]]  # without a vocabulary's padding
+            parts = rule.split(whole)
             self._newest = rule.megatron, dict(zip(rule.hf, parts, strict=True))
         return self._newest[1][name].contiguous()
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoints_tools import gpt2
 from megatron_sps2.config import DType, ModelConfig, RopeScaling
 
 Config = Mapping[str, Any]
@@ -29,6 +30,7 @@ class Family:
 
 # By model_type. Yi and SmolLM2 call themselves llama.
 FAMILIES = {
+    "gpt2": Family(),
     "llama": Family(),
     "mistral": Family(),
     "qwen2": Family(qkv_bias=True, defaults={"use_sliding_window": False}),
@@ -48,8 +50,12 @@ def model_config(config: Config, path: Path, generation: Config) -> ModelConfig:
     """config.json, generation_config.json -> ModelConfig. Raises ValueError naming what is not supported."""
     family = _family(config, path)
     config = {**family.defaults, **config}
+    eos = _ids(generation.get("eos_token_id", config.get("eos_token_id")))
     _check_supported(config, path, family)
     try:
+        if config["model_type"] == "gpt2":
+            _refuse(path, gpt2.ALLOWED, config)
+            return gpt2.gpt2_model(config, eos)
         heads = int(config["num_attention_heads"])
         base, scaling, longest = _positions(config, path)
         _check_window(config, path, longest)
@@ -70,7 +76,7 @@ def model_config(config: Config, path: Path, generation: Config) -> ModelConfig:
             qk_norm=family.qk_norm,
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
             bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
+            eos_token_ids=eos,
         )
     except KeyError as error:
         kind = config["model_type"]
@@ -197,6 +203,8 @@ def hf_config(model: ModelConfig, dtype: DType) -> dict[str, Any]:
 
     A Mistral or Yi model comes back as the Llama that it is.
     """
+    if model.learned_positions:
+        return gpt2.gpt2_config(model, dtype)
     kind, name = _kind(model)
     config = {
         "architectures": [name],

@@ -22,12 +22,13 @@ from checkpoints_tools.core import copy_tokenizer
 from checkpoints_tools.legacy_args import model_config
 from megatron_sps2.config import DTYPES, DType
 from megatron_sps2.model.manifest import MANIFEST_NAME, TRACKER_NAME, read_manifest
-from megatron_sps2.model.weights import EMBEDDING, OUTPUT, WeightRule, hf_shapes, weight_rules
+from megatron_sps2.model.weights import EMBEDDING, OUTPUT, POSITIONS, WeightRule, hf_shapes, weight_rules
 
 SHARD_FILES = ("model_optim_rng.pt", "model_rng.pt")
 # Which dimension is cut over tp ranks; what is not listed is the same on all of them.
 CUT = {
-    **dict.fromkeys((EMBEDDING, OUTPUT, "linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight"), 0),
+    **dict.fromkeys((EMBEDDING, OUTPUT, "linear_qkv.weight", "linear_qkv.bias"), 0),
+    **dict.fromkeys(("linear_fc1.weight", "linear_fc1.bias"), 0),
     **dict.fromkeys(("linear_proj.weight", "linear_fc2.weight"), 1),
 }
 # Names of the time before core, and Transformer Engine's -> ours.
@@ -39,8 +40,10 @@ _OLDER = (
     (r"\.dense\.", ".linear_proj."),
     (r"\.dense_h_to_4h\.", ".linear_fc1."),
     (r"\.dense_4h_to_h\.", ".linear_fc2."),
-    (r"\.(input_norm|self_attention\.linear_qkv\.layer_norm_)\.?(?=weight)", ".input_layernorm."),
-    (r"\.(post_attention_(norm|layernorm)|mlp\.linear_fc1\.layer_norm_)\.?(?=weight)", ".pre_mlp_layernorm."),
+    (r"\.input_norm\.", ".input_layernorm."),
+    (r"\.self_attention\.linear_qkv\.layer_norm_", ".input_layernorm."),
+    (r"\.post_attention_(norm|layernorm)\.", ".pre_mlp_layernorm."),
+    (r"\.mlp\.linear_fc1\.layer_norm_", ".pre_mlp_layernorm."),
     (r"\.final_norm\.", ".final_layernorm."),
 )
 
@@ -122,21 +125,20 @@ class LegacySource:
         """Of a weight by its name in the whole model: its stage, and what it is called there."""
         layer = re.match(r"decoder\.layers\.(\d+)\.", name)
         if layer is None:
-            return self._stages[0 if name == EMBEDDING else -1], name
+            return self._stages[0 if name in (EMBEDDING, POSITIONS) else -1], name
         number = int(layer[1])
         stage = next(each for each in reversed(self._stages) if each.first_layer <= number)
         return stage, name.replace(f".{number}.", f".{number - stage.first_layer}.", 1)
 
     def _whole(self, rule: WeightRule) -> Tensor:
         stage, name = self._place(rule.megatron)
-        whole = merge_tp(rule.megatron, [tensors[name] for tensors in stage.tensors])
-        rows = sum(shape[0] for shape in rule.hf_shapes)
-        return whole[:rows]  # without the padding of a vocabulary
+        whole = merge_tp(rule.megatron, [tensors[name] for tensors in stage.tensors], self.model.gated)
+        return whole[: rule.shape[0]]  # without the padding of a vocabulary
 
 
 def _shard_shape(rule: WeightRule, tp_size: int, found: tuple[int, ...] | None) -> tuple[int, ...]:
     """A vocabulary may be padded by any number of rows: those that are `found` will do if they are enough."""
-    shape, cut = [sum(each[0] for each in rule.hf_shapes), *rule.hf_shapes[0][1:]], cut_dim(rule.megatron)
+    shape, cut = list(rule.shape), cut_dim(rule.megatron)
     if cut is not None:
         shape[cut] = -(-shape[cut] // tp_size)
     if found and rule.megatron in (EMBEDDING, OUTPUT):
@@ -149,23 +151,23 @@ def cut_dim(name: str) -> int | None:
     return next((dim for end, dim in CUT.items() if name.endswith(end)), None)
 
 
-def merge_tp(name: str, shards: list[Tensor]) -> Tensor:
+def merge_tp(name: str, shards: list[Tensor], gated: bool) -> Tensor:
     """The whole weight of its tp ranks' shards."""
     dim = cut_dim(name)
     if dim is None or len(shards) == 1:
         return shards[0]
-    if name.endswith("linear_fc1.weight"):  # each rank has its part of gate, then of up
+    if gated and name.endswith("linear_fc1.weight"):  # each rank has its part of gate, then of up
         gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
         return torch.cat([*gates, *ups])
     return torch.cat(shards, dim=dim)
 
 
-def split_tp(name: str, whole: Tensor, tp_size: int) -> list[Tensor]:
+def split_tp(name: str, whole: Tensor, tp_size: int, gated: bool) -> list[Tensor]:
     """The inverse of merge_tp; vocabularies are padded before."""
     dim = cut_dim(name)
     if dim is None or tp_size == 1:
         return [whole] * tp_size
-    if name.endswith("linear_fc1.weight"):
+    if gated and name.endswith("linear_fc1.weight"):
         gates, ups = (half.chunk(tp_size) for half in whole.chunk(2))
         return [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
     return list(whole.chunk(tp_size, dim=dim))

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sps2.config import DType, ModelConfig, RopeScaling
+from megatron_sps2.model.spec import NORMS
 
 # What the model floor computes; another value means another model.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
-    "normalization": ("RMSNorm",),
-    "swiglu": (True,),
-    "add_bias_linear": (False,),
-    "position_embedding_type": ("rope",),
+    "normalization": ("RMSNorm", "LayerNorm"),
+    "position_embedding_type": ("rope", "learned_absolute"),
+    "squared_relu": (False,),
+    "openai_gelu": (False, True),
     "rotary_percent": (1.0,),
     "rotary_interleaved": (False,),
     "rotary_seq_len_interpolation_factor": (None, 1),
@@ -36,6 +37,8 @@ def model_config(args: Any, path: Path) -> ModelConfig:
             raise ValueError(f"{path}: args.{name}={values[name]!r} is not supported; only {shown} is")
     try:
         heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
+        learned = values.get("position_embedding_type", "learned_absolute") == "learned_absolute"
+        gelu: Any = "gelu_tanh" if values.get("openai_gelu") else "gelu"
         grouped = values.get("group_query_attention", False)
         return ModelConfig(
             num_layers=int(values["num_layers"]),
@@ -51,6 +54,11 @@ def model_config(args: Any, path: Path) -> ModelConfig:
             rope_scaling=_scaling(values),
             qkv_bias=bool(values.get("add_qkv_bias", False)),
             qk_norm=bool(values.get("qk_layernorm", False)),
+            norm="layer" if values.get("normalization", "LayerNorm") == "LayerNorm" else "rms",
+            activation="silu" if values.get("swiglu") else gelu,
+            gated=bool(values.get("swiglu", False)),
+            linear_bias=bool(values.get("add_bias_linear", True)),
+            learned_positions=learned and not values.get("use_rotary_position_embeddings"),
             tie_embeddings=not values.get("untie_embeddings_and_output_weights", False),
         )
     except KeyError as error:
@@ -83,13 +91,14 @@ def make_args(
         max_position_embeddings=model.max_seq_len,
         seq_length=model.max_seq_len,
         norm_epsilon=model.norm_epsilon,
-        normalization="RMSNorm",
-        swiglu=True,
-        add_bias_linear=False,
+        normalization=NORMS[model.norm],
+        swiglu=model.gated and model.activation == "silu",
+        openai_gelu=model.activation == "gelu_tanh",
+        add_bias_linear=model.linear_bias,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
-        position_embedding_type="rope",
-        use_rotary_position_embeddings=True,
+        position_embedding_type="learned_absolute" if model.learned_positions else "rope",
+        use_rotary_position_embeddings=not model.learned_positions,
         rotary_base=int(model.rotary_base) if model.rotary_base.is_integer() else model.rotary_base,
         rotary_percent=1.0,
         use_rope_scaling=model.rope_scaling is not None and model.rope_scaling.kind == "llama3",

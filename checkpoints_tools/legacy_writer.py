@@ -15,7 +15,7 @@ from checkpoints_tools.target import Progress, whole_folder
 from megatron_sps2.config import DType, ModelConfig, ParallelConfig, divisors
 from megatron_sps2.model.manifest import TRACKER_NAME, WEIGHTS_NAME, write_manifest
 from megatron_sps2.model.spec import padded_vocab_size
-from megatron_sps2.model.weights import EMBEDDING, OUTPUT, to_megatron, weight_rules
+from megatron_sps2.model.weights import EMBEDDING, OUTPUT, POSITIONS, to_megatron, weight_rules
 
 # A checkpoint's version since which q, k and v of a head lie side by side.
 CHECKPOINT_VERSION = 3.0
@@ -44,7 +44,7 @@ def write_legacy(
                 if name in (EMBEDDING, OUTPUT):
                     whole = F.pad(whole, (0, 0, 0, padded - len(whole)))
                 kind = getattr(torch, dtype)
-                for shard, part in zip(shards, split_tp(name, whole, tp_size), strict=True):
+                for shard, part in zip(shards, split_tp(name, whole, tp_size, model.gated), strict=True):
                     # A copy: a slice would be written with all that it is a slice of.
                     shard[here] = part.to(kind).clone(memory_format=torch.contiguous_format)
                 done += 1
@@ -76,7 +76,7 @@ def _names_of(model: ModelConfig, stage: int, pp_size: int) -> list[tuple[str, s
             layer = int(parts[2])
             if layer // per_stage == stage:
                 found.append((rule.megatron, ".".join((*parts[:2], str(layer % per_stage), *parts[3:]))))
-        elif stage == (0 if rule.megatron == EMBEDDING else pp_size - 1):
+        elif stage == (0 if rule.megatron in (EMBEDDING, POSITIONS) else pp_size - 1):
             found.append((rule.megatron, rule.megatron))
     if model.tie_embeddings and pp_size > 1 and stage == pp_size - 1:
         found.append((EMBEDDING, OUTPUT))  # the last stage's own copy

@@ -109,8 +109,9 @@ def _logits(source: Source, pg_collection: ProcessGroupCollection) -> Tensor:
             params[name].copy_(weight)
     forward = GptForward(gpt, model)
     length = min(NUM_TOKENS, model.max_seq_len)
-    hidden = forward.embed(torch.arange(length)[:, None] * 7919 % model.vocab_size)
-    angles = forward.angles(torch.arange(length))
+    positions = torch.arange(length)
+    hidden = forward.embed(positions[:, None] * 7919 % model.vocab_size, positions)
+    angles = forward.angles(positions)
     for index in range(model.num_layers):
         hidden = forward.layer(index, hidden, angles)
     return forward.logits(hidden)[:, 0]

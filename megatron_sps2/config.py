@@ -78,7 +78,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Shape of a Llama-like decoder: RMSNorm, RoPE, GQA, SwiGLU; a few switches for its relatives.
+    """Shape of a decoder. The defaults are Llama's: RMSNorm, RoPE, GQA, SwiGLU, no biases.
 
     Names are Megatron's; `num_query_groups` is what Hugging Face calls num_key_value_heads.
     """
@@ -97,6 +97,12 @@ class ModelConfig:
     no_rope_layers: tuple[int, ...] = ()  # layers, from 0, whose queries and keys are not turned (SmolLM3)
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # RMSNorm over each head's query and key, before they are turned (Qwen3)
+    # GPT-2 and GPT-3: all five together.
+    norm: Literal["rms", "layer"] = "rms"
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    gated: bool = True  # the MLP's first linear gives a gate as well
+    linear_bias: bool = False  # of all linears
+    learned_positions: bool = False  # added to the embedding; no RoPE
     # True: the output layer reuses the embedding matrix (Hugging Face tie_word_embeddings).
     tie_embeddings: bool = False
     bos_token_id: int | None = None
@@ -117,7 +123,9 @@ class ModelConfig:
                 f"num_query_groups={self.num_query_groups}; every KV head must serve the same number of "
                 f"query heads, use {divisors(self.num_attention_heads)}"
             )
-        if self.head_dim % 2:
+        _require_choice("norm", self.norm, ("rms", "layer"))
+        _require_choice("activation", self.activation, ("silu", "gelu", "gelu_tanh"))
+        if self.head_dim % 2 and not self.learned_positions:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions need an even head_dim")
         if any(not 0 <= layer < self.num_layers for layer in self.no_rope_layers):
             raise ValueError(

@@ -52,6 +52,9 @@ class FamilyModel:
             "eos_token_id": 2,
             "pad_token_id": 0,
         }
+        if self.model_type == "gpt2":  # has neither, and other names for the rest
+            for name in ("num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings"):
+                del values[name]
         return AutoConfig.for_model(self.model_type, **{**values, **self.changes})
 
 
@@ -65,6 +68,11 @@ FAMILY_MODELS = {
     "qwen2-yarn": FamilyModel(model_type="qwen2", changes={"rope_parameters": YARN}),
     "qwen3": FamilyModel(model_type="qwen3", changes={"head_dim": 16}),
     "smollm3": FamilyModel(model_type="smollm3", changes={"num_hidden_layers": 5}),
+    "gpt2": FamilyModel(
+        model_type="gpt2",
+        heads=(8, 8),
+        changes={"n_positions": 1024, "n_inner": 96, "activation_function": "gelu_new"},
+    ),
     "smollm2": FamilyModel(
         model_type="llama",
         heads=(9, 3),
@@ -79,7 +87,7 @@ def save_family(name: str, folder: Path) -> PreTrainedModel:
     torch.manual_seed(sum(map(ord, name)))
     hf = AutoModelForCausalLM.from_config(FAMILY_MODELS[name].config(), dtype=torch.float32).eval()
     for weight_name, weight in hf.named_parameters():
-        if "norm" in weight_name:
+        if ("norm" in weight_name or ".ln_" in weight_name) and weight_name.endswith("weight"):
             nn.init.uniform_(weight, 0.5, 1.5)  # all ones would hide swapped norms
         elif weight_name.endswith("bias"):
             nn.init.normal_(weight, std=0.5)  # zeros would hide a forgotten bias

@@ -14,7 +14,7 @@ from checkpoints_tools.convert import convert
 from megatron_sps2.model.manifest import read_manifest
 from tests.families import save_family
 
-FAMILIES = ("llama2", "llama3", "qwen2", "qwen2-yarn", "qwen3", "smollm3", "smollm2")
+FAMILIES = ("llama2", "llama3", "qwen2", "qwen2-yarn", "qwen3", "smollm3", "smollm2", "gpt2")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -318,8 +318,8 @@ def poison_embedding(engine: Engine, token_id: int) -> None:
     forward = engine._runner._forward
     clean = forward.embed
 
-    def embed(token_ids: Tensor) -> Tensor:
-        return clean(token_ids).masked_fill((token_ids == token_id).unsqueeze(-1), torch.nan)
+    def embed(token_ids: Tensor, positions: Tensor) -> Tensor:
+        return clean(token_ids, positions).masked_fill((token_ids == token_id).unsqueeze(-1), torch.nan)
 
     forward.embed = embed  # type: ignore[method-assign]
 

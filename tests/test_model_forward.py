@@ -67,7 +67,7 @@ def test_control_without_the_tp_all_reduce_logits_are_wrong(
 def _interleaved(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     gpt = load_plain(folder)
     prompts = [prompt(11, seed=1), prompt(5, seed=2)]
-    hidden = [gpt.embed(ids[:, None]) for ids in prompts]
+    hidden = [gpt.embed(ids[:, None], torch.arange(len(ids))) for ids in prompts]
     angles = [gpt.angles(torch.arange(len(ids))) for ids in prompts]
     for index in range(gpt.num_layers):
         hidden = [gpt.layer(index, h, a) for h, a in zip(hidden, angles, strict=True)]
@@ -111,7 +111,7 @@ def test_a_rank_without_tokens_still_enters_the_core_attention_of_every_layer(
 
 def _bf16_logits(folder: Path) -> tuple[np.ndarray, torch.dtype]:
     gpt = load_plain(folder, torch.bfloat16)
-    return forward(gpt, prompt(37)).numpy(), gpt.embed(prompt(1)[:, None]).dtype
+    return forward(gpt, prompt(37)).numpy(), gpt.embed(prompt(1)[:, None], torch.zeros(1)).dtype
 
 
 def test_weights_are_cast_when_loaded(models: dict[tuple[str, bool], tuple[Path, Tensor]]) -> None:

@@ -89,8 +89,8 @@ def load_plain(folder: Path, dtype: torch.dtype = torch.float32) -> GptForward:
 
 def forward(gpt: GptForward, token_ids: Tensor) -> Tensor:
     """[s] token ids at positions 0, 1, ... -> logits [s, v]."""
-    hidden = gpt.embed(token_ids[:, None])
-    angles = gpt.angles(torch.arange(len(token_ids)))
+    positions = torch.arange(len(token_ids))
+    hidden, angles = gpt.embed(token_ids[:, None], positions), gpt.angles(positions)
     for index in range(gpt.num_layers):
         hidden = gpt.layer(index, hidden, angles)
     return gpt.logits(hidden)[:, 0]

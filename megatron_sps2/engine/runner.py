@@ -243,7 +243,7 @@ class Runner:
         """-> hidden [s/P, 1, h] and the rotary angles of these positions."""
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device).unsqueeze(1)
         places = torch.tensor(positions, dtype=torch.int64, device=self._device)
-        return self._forward.embed(ids), self._forward.angles(places)
+        return self._forward.embed(ids, places), self._forward.angles(places)
 
     def _finish(self, plan: StepPlan, parts: Sequence[_Part]) -> StepResult:
         """After the last layer: a token for each request that is through, and what else it asked for."""

@@ -75,8 +75,9 @@ class Trial:
 
         `step` sees every layer's Q, K and V.
         """
-        hidden = self._forward.embed(torch.tensor(token_ids)[:, None])
-        angles = self._forward.angles(torch.arange(first, first + len(token_ids)))
+        places = torch.arange(first, first + len(token_ids))
+        hidden = self._forward.embed(torch.tensor(token_ids)[:, None], places)
+        angles = self._forward.angles(places)
         self._context.step = step
         for layer in range(self._forward.num_layers):
             hidden = self._forward.layer(layer, hidden, angles)

@@ -65,12 +65,17 @@ class GptForward:
     def angles(self, positions: Tensor) -> Tensor:
         """[s] places in the whole sequence -> what `layer` takes as angles, once for all layers."""
         model = self.model
+        if model.learned_positions:
+            return torch.empty(len(positions), 0)
         return rotary_angles(positions, model.head_dim, model.rotary_base, model.rope_scaling)
 
     @torch.inference_mode()
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """[s, b] token ids -> [s, b, h]."""
-        return self.gpt.embedding.word_embeddings(token_ids)
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """[s, b] token ids at [s] places in the whole sequence -> [s, b, h]."""
+        hidden = self.gpt.embedding.word_embeddings(token_ids)
+        if self.model.learned_positions:
+            hidden = hidden + self.gpt.embedding.position_embeddings(positions)[:, None]
+        return hidden
 
     @torch.inference_mode()
     def layer(self, index: int, hidden: Tensor, angles: Tensor) -> Tensor:
@@ -79,8 +84,8 @@ class GptForward:
         if hidden.shape[0] == 0:
             _attend_nothing(layer.self_attention, hidden)
             return hidden
-        turned = None if index in self.model.no_rope_layers else angles
-        hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=turned)
+        is_turned = not self.model.learned_positions and index not in self.model.no_rope_layers
+        hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=angles if is_turned else None)
         return hidden
 
     @torch.inference_mode()

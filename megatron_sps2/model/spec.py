@@ -23,6 +23,9 @@ from torch import nn
 from megatron_sps2.config import ModelConfig
 from megatron_sps2.model.linear import CpuColumnParallelLinear, CpuRowParallelLinear
 
+NORMS = {"rms": "RMSNorm", "layer": "LayerNorm"}
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+
 
 def transformer_config(model: ModelConfig, tp_size: int, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's config for inference: no dropout, no fusion that needs CUDA, no weights drawn."""
@@ -34,10 +37,10 @@ def transformer_config(model: ModelConfig, tp_size: int, dtype: torch.dtype) -> 
         num_query_groups=model.num_query_groups,
         kv_channels=model.head_dim,
         layernorm_epsilon=model.norm_epsilon,
-        normalization="RMSNorm",
-        activation_func=F.silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
+        normalization=NORMS[model.norm],
+        activation_func=ACTIVATIONS[model.activation],
+        gated_linear_unit=model.gated,
+        add_bias_linear=model.linear_bias,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
         hidden_dropout=0.0,
@@ -63,11 +66,13 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     return -(-vocab_size // tp_size) * tp_size
 
 
-def rms_norm_builder() -> Callable[..., nn.Module]:
-    """NVIDIA apex's fused RMSNorm where it can be imported and run (CUDA), else torch's.
+def norm_builder(norm: str = "rms") -> Callable[..., nn.Module]:
+    """NVIDIA apex's fused RMSNorm where it can be imported and run (CUDA), else torch's norms.
 
     The PyPI package named `apex` is something else: it has no FusedRMSNorm and is passed over.
     """
+    if norm != "rms":
+        return WrappedTorchNorm
     try:
         from apex.normalization import FusedRMSNorm
     except ImportError:
@@ -79,16 +84,14 @@ def _apex_norm(norm: type[nn.Module], config: TransformerConfig, hidden_size: in
     return norm(hidden_size, eps=eps)
 
 
-def layer_spec(
-    core_attention: CoreAttentionBuilder, device: torch.device, *, qk_norm: bool = False
-) -> ModuleSpec:
+def layer_spec(model: ModelConfig, core_attention: CoreAttentionBuilder, device: torch.device) -> ModuleSpec:
     """Megatron's local layer spec with `core_attention` in its slot, and on CPU our linears in theirs."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
+    spec = get_gpt_layer_local_spec(normalization=NORMS[model.norm], qk_layernorm=model.qk_norm)
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
     attention.core_attention = core_attention
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = rms_norm_builder()
-    if qk_norm:
-        attention.q_layernorm = attention.k_layernorm = rms_norm_builder()
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm_builder(model.norm)
+    if model.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = norm_builder()
     if device.type == "cpu":
         attention.linear_qkv = mlp.linear_fc1 = CpuColumnParallelLinear
         attention.linear_proj = mlp.linear_fc2 = CpuRowParallelLinear
@@ -109,9 +112,8 @@ def build_gpt(
     tp_size = pg_collection.tp.size()
     config = transformer_config(model, tp_size, dtype)
     layers = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(core_attention, torch.device(device), qk_norm=model.qk_norm)]
-        * model.num_layers,
-        layer_norm=rms_norm_builder(),
+        layer_specs=[layer_spec(model, core_attention, torch.device(device))] * model.num_layers,
+        layer_norm=norm_builder(model.norm),
     )
     gpt = GPTModel(
         config=config,
@@ -120,7 +122,7 @@ def build_gpt(
         max_sequence_length=model.max_seq_len,
         parallel_output=True,
         share_embeddings_and_output_weights=model.tie_embeddings,
-        position_embedding_type="none",
+        position_embedding_type="learned_absolute" if model.learned_positions else "none",
         pg_collection=pg_collection,
     )
     return gpt.to(device=device, dtype=dtype).requires_grad_(False).eval()

@@ -17,14 +17,16 @@ from megatron_sps2.config import ModelConfig
 Fetch = Callable[[str], Tensor]
 
 EMBEDDING = "embedding.word_embeddings.weight"
+POSITIONS = "embedding.position_embeddings.weight"
 OUTPUT = "output_layer.weight"
 
 
 @dataclass(frozen=True, slots=True)
 class WeightRule:
-    """One Megatron weight and the Hugging Face weights it is made of, with their shapes."""
+    """One Megatron weight of a shape, and the Hugging Face weights it is made of, with theirs."""
 
     megatron: str
+    shape: tuple[int, ...]
     hf: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
     join: Callable[..., Tensor]
@@ -62,6 +64,9 @@ def split_gate_up(gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 def weight_rules(model: ModelConfig) -> Iterator[WeightRule]:
     """Every weight of `model`, in the order of the layers."""
+    if model.learned_positions:
+        yield from _gpt2_rules(model)
+        return
     hidden, vocab = model.hidden_size, model.vocab_size
     yield _same(EMBEDDING, "model.embed_tokens.weight", (vocab, hidden))
     for index in range(model.num_layers):
@@ -79,6 +84,7 @@ def _layer_rules(model: ModelConfig, ours: str, hf: str) -> Iterator[WeightRule]
     for kind, width in parts.items():
         yield WeightRule(
             f"{ours}.self_attention.linear_qkv.{kind}",
+            (q_size + 2 * kv_size, *width),
             tuple(f"{hf}.self_attn.{name}_proj.{kind}" for name in "qkv"),
             ((q_size, *width), (kv_size, *width), (kv_size, *width)),
             functools.partial(join_qkv, model),
@@ -96,6 +102,7 @@ def _layer_rules(model: ModelConfig, ours: str, hf: str) -> Iterator[WeightRule]
     yield _same(f"{ours}.pre_mlp_layernorm.weight", f"{hf}.post_attention_layernorm.weight", (hidden,))
     yield WeightRule(
         f"{ours}.mlp.linear_fc1.weight",
+        (2 * ffn, hidden),
         (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight"),
         ((ffn, hidden), (ffn, hidden)),
         join_gate_up,
@@ -104,8 +111,50 @@ def _layer_rules(model: ModelConfig, ours: str, hf: str) -> Iterator[WeightRule]
     yield _same(f"{ours}.mlp.linear_fc2.weight", f"{hf}.mlp.down_proj.weight", (hidden, ffn))
 
 
+def _gpt2_rules(model: ModelConfig) -> Iterator[WeightRule]:
+    """GPT-2 stores its linears' weights as [in, out]."""
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    yield _same(EMBEDDING, "transformer.wte.weight", (model.vocab_size, hidden))
+    yield _same(POSITIONS, "transformer.wpe.weight", (model.max_seq_len, hidden))
+    for index in range(model.num_layers):
+        ours, hf = f"decoder.layers.{index}", f"transformer.h.{index}"
+        linears = {"attn.c_proj": ("self_attention.linear_proj", hidden, hidden)}
+        linears |= {
+            "mlp.c_fc": ("mlp.linear_fc1", hidden, ffn),
+            "mlp.c_proj": ("mlp.linear_fc2", ffn, hidden),
+        }
+        for theirs, norm in {"ln_1": "input_layernorm", "ln_2": "pre_mlp_layernorm"}.items():
+            for kind in ("weight", "bias"):
+                yield _same(f"{ours}.{norm}.{kind}", f"{hf}.{theirs}.{kind}", (hidden,))
+        for kind, shape in {"weight": (hidden, 3 * hidden), "bias": (3 * hidden,)}.items():
+            yield WeightRule(
+                f"{ours}.self_attention.linear_qkv.{kind}",
+                tuple(reversed(shape)),
+                (f"{hf}.attn.c_attn.{kind}",),
+                (shape,),
+                lambda qkv: join_qkv(model, *_turn(qkv).chunk(3)),
+                lambda qkv: (_turn(torch.cat(split_qkv(model, qkv))),),
+            )
+        for theirs, (name, num_in, num_out) in linears.items():
+            yield _turned(f"{ours}.{name}.weight", f"{hf}.{theirs}.weight", (num_in, num_out))
+            yield _same(f"{ours}.{name}.bias", f"{hf}.{theirs}.bias", (num_out,))
+    for kind in ("weight", "bias"):
+        yield _same(f"decoder.final_layernorm.{kind}", f"transformer.ln_f.{kind}", (hidden,))
+    if not model.tie_embeddings:
+        yield _same(OUTPUT, "lm_head.weight", (model.vocab_size, hidden))
+
+
+def _turned(megatron: str, hf: str, shape: tuple[int, int]) -> WeightRule:
+    return WeightRule(megatron, shape[::-1], (hf,), (shape,), _turn, lambda x: (_turn(x),))
+
+
+def _turn(weight: Tensor) -> Tensor:
+    """[in, out] <-> [out, in]; a bias stays as it is."""
+    return weight.T if weight.dim() == 2 else weight
+
+
 def _same(megatron: str, hf: str, shape: tuple[int, ...]) -> WeightRule:
-    return WeightRule(megatron, (hf,), (shape,), lambda x: x, lambda x: (x,))
+    return WeightRule(megatron, shape, (hf,), (shape,), lambda x: x, lambda x: (x,))
 
 
 def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
