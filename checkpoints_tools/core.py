@@ -5,7 +5,6 @@ Knows how the model floor saves; a checkpoint larger than memory passes through 
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,9 +16,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from checkpoints_tools.core_reader import CoreReader
-from checkpoints_tools.hf import TOKENIZER_FILES
 from checkpoints_tools.source import Source
 from checkpoints_tools.target import Progress
+from checkpoints_tools.tokenizer_files import copy_tokenizer
 from megatron_sps2.config import DType
 from megatron_sps2.model.checkpoint import save_model
 from megatron_sps2.model.manifest import WEIGHTS_NAME, check_files, read_manifest
@@ -53,13 +52,6 @@ class CoreSource:
 
     def save_tokenizer(self, folder: Path) -> None:
         copy_tokenizer(self.path, folder)
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Whatever there is of it."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
 
 
 def write_core(

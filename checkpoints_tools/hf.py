@@ -6,8 +6,6 @@ Knows the folder's layout; families.py knows what its config means.
 from __future__ import annotations
 
 import json
-import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,14 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checkpoints_tools.families import model_config
+from checkpoints_tools.tokenizer_files import copy_tokenizer
 from megatron_sps2.config import DTYPES, DType
 
-logger = logging.getLogger(__name__)
-
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"),
-)
 INDEX = "model.safetensors.index.json"
 # Buffers that older exports carry and that follow from the config.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -85,11 +78,7 @@ class HfSource:
             return tensors.get_tensor(name)
 
     def save_tokenizer(self, folder: Path) -> None:
-        for name in TOKENIZER_FILES:
-            if (self.path / name).is_file():
-                shutil.copyfile(self.path / name, folder / name)
-        if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
-            logger.warning("%s has no tokenizer; the checkpoint will take token ids only", self.path)
+        copy_tokenizer(self.path, folder)
 
 
 def _open(path: Path) -> Any:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_tools.core import copy_tokenizer
 from checkpoints_tools.legacy_args import model_config
+from checkpoints_tools.tokenizer_files import copy_tokenizer
 from megatron_sps2.config import DTYPES, DType
 from megatron_sps2.model.manifest import MANIFEST_NAME, TRACKER_NAME, read_manifest
 from megatron_sps2.model.weights import EMBEDDING, OUTPUT, POSITIONS, WeightRule, hf_shapes, weight_rules

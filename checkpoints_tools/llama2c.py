@@ -5,6 +5,7 @@ Knows the order of the file and that dims 2i and 2i+1 of a head turn together.
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.gguf import rows_to_hf
-from checkpoints_tools.sentencepiece_model import save_sentencepiece
+from checkpoints_tools.tokenizer_files import save_sentencepiece
 from megatron_sps2.config import DType, ModelConfig
+
+logger = logging.getLogger(__name__)
 
 MAGIC = 0x616B3432  # "ak42", from version 1 on
 HEADER_BYTES = {0: 28, 1: 256}
@@ -56,7 +59,14 @@ class Llama2cSource:
         return weight
 
     def save_tokenizer(self, folder: Path) -> None:
-        save_sentencepiece(self.path.parent, folder)
+        found = sorted(self.path.parent.glob("*.model"))
+        if len(found) == 1:
+            save_sentencepiece(found[0], folder, {})
+        else:
+            logger.warning(
+                "%s has %d *.model files beside it, not one; the checkpoint will take token ids only",
+                *(self.path, len(found)),
+            )
 
 
 def is_llama2c(path: Path) -> bool:

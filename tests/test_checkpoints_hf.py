@@ -160,7 +160,7 @@ def test_a_source_that_is_nothing_known_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         convert(tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(ValueError, match="neither a .gguf file nor a folder with config.json"):
+    with pytest.raises(ValueError, match="no .gguf or llama2.c file, no folder with config.json"):
         convert(tmp_path / "empty", tmp_path / "out")
     with pytest.raises(ValueError, match="dtype='int8' is not known"):
         convert(tmp_path / "empty", tmp_path / "out", dtype="int8")  # type: ignore[arg-type]

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sentencepiece import SentencePieceProcessor
 from transformers import LlamaForCausalLM
 
 from checkpoints_tools.convert import convert
 from checkpoints_tools.hf import HfSource
 from checkpoints_tools.llama2c import MAGIC, Llama2cSource
+from megatron_sps2.engine.tokenizer import load_tokenizer
 from tests.sps2_command import sps2
 from tests.tiny_llama import save_hf_llama
 
@@ -23,12 +25,8 @@ MATRICES = ("wq", "wk", "wv", "wo")
 
 def interleaved(weight: torch.Tensor, num_heads: int) -> np.ndarray:
     """Rows of q or k as llama2.c turns them: dims i and i + d/2 become 2i and 2i + 1."""
-    rows = [
-        weight[head * 8 + pair + half * 4]
-        for head in range(num_heads)
-        for pair in range(4)
-        for half in (0, 1)
-    ]
+    order = [(pair, half) for pair in range(4) for half in (0, 1)]
+    rows = [weight[head * 8 + pair + half * 4] for head in range(num_heads) for pair, half in order]
     return torch.stack(rows).numpy()
 
 
@@ -95,8 +93,22 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"{STORIES} is absent")
 def test_a_real_model_tells_its_story(tmp_path: Path) -> None:
     assert sps2("convert", STORIES / "stories260K.bin", tmp_path / "ckpt").returncode == 0
+    sentencepiece = SentencePieceProcessor(str(STORIES / "tok512.model"))
+    tokenizer = load_tokenizer(tmp_path / "ckpt")
+    for text in ("", "Once upon a time", "  two  spaces\n\ttab ", "naïve 日本 🙂"):
+        assert tokenizer.encode(text) == [1, *sentencepiece.encode(text)], text
     done = sps2(
-        *("generate", "--checkpoint", tmp_path / "ckpt", "--sp", 2, "--prompt", "", "--max-tokens", 40),
+        *(
+            "generate",
+            "--checkpoint",
+            tmp_path / "ckpt",
+            "--sp",
+            2,
+            "--prompt-ids",
+            "[1]",
+            "--max-tokens",
+            40,
+        ),
         *("--temperature", 0),
     )
     story = "Once upon a time, there was a little girl named Lily."

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_sps2 import __version__
-from megatron_sps2.cli import arguments, serve_arguments
+from megatron_sps2.cli import arguments, checkpoint_arguments, serve_arguments
 from megatron_sps2.cli.config_file import insert_config
 from megatron_sps2.cli.process import INTERRUPTED, leave, report, set_logging
 
@@ -20,9 +20,9 @@ COMMANDS = {
     "generate": arguments.add_generate,
     "chat": arguments.add_chat,
     "serve": serve_arguments.add_serve,
-    "convert": arguments.add_convert,
-    "verify": arguments.add_verify,
-    "inspect": arguments.add_inspect,
+    "convert": checkpoint_arguments.add_convert,
+    "verify": checkpoint_arguments.add_verify,
+    "inspect": checkpoint_arguments.add_inspect,
     "doctor": arguments.add_doctor,
     "csa": arguments.add_csa,
 }
