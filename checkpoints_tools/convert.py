@@ -17,6 +17,7 @@ from checkpoints_tools.llama2c import Llama2cSource, is_llama2c
 from checkpoints_tools.source import CheckedSource, Source, check_weights
 from checkpoints_tools.target import Progress, check_target
 from megatron_sps2.config import CHECKPOINT_FORMATS, DTYPES, CheckpointFormat, DType, ModelConfig
+from megatron_sps2.model.heap import return_freed_memory
 from megatron_sps2.model.manifest import MANIFEST_NAME, WEIGHTS_NAME
 
 
@@ -46,6 +47,7 @@ def convert(
         raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
     if to not in CHECKPOINT_FORMATS:
         raise ValueError(f"to={to!r} is not known; use one of {', '.join(CHECKPOINT_FORMATS)}")
+    return_freed_memory()
     source = CheckedSource(open_source(Path(src), trust_pickle=trust_pickle))
     check_weights(source)
     target.resolve().parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from checkpoints_tools.core_reader import CoreReader
 from checkpoints_tools.source import Source
-from checkpoints_tools.target import Progress
+from checkpoints_tools.target import Progress, on_disk
 from checkpoints_tools.tokenizer_files import copy_tokenizer
 from megatron_sps2.config import DType
 from megatron_sps2.model.checkpoint import save_model
@@ -60,23 +60,12 @@ def write_core(
     """The checkpoint folder `target`, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=target.resolve().parent, prefix=".sps2-") as scratch:
         gpt = build_gpt(source.model, pg_collection, _NoAttention, getattr(torch, dtype))
-        _move_to_disk(gpt, Path(scratch))
-        params = dict(gpt.named_parameters())
+        params, kind = dict(gpt.named_parameters()), getattr(torch, dtype)
         for done, (name, weight) in enumerate(to_megatron(source.model, source.fetch), start=1):
-            with torch.no_grad():
-                params.pop(name).copy_(weight)
+            params.pop(name).data = on_disk(weight.to(kind), Path(scratch))
             progress("weights", done, done + len(params))
         assert not params, f"no rule fills {sorted(params)}"
         save_model(gpt, target, source.model, dtype, pg_collection, add_files=source.save_tokenizer)
-
-
-def _move_to_disk(gpt: nn.Module, folder: Path) -> None:
-    """Weights lie in mapped files, which the system writes back when memory runs short."""
-    for number, param in enumerate(gpt.parameters()):
-        path = folder / str(number)
-        mapped = torch.from_file(str(path), shared=True, size=param.numel(), dtype=param.dtype)
-        path.unlink()  # It lives as long as it is mapped, and no longer.
-        param.data = mapped.view(param.shape)
 
 
 class _NoAttention(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from checkpoints_tools.legacy import split_tp
 from checkpoints_tools.legacy_args import make_args
 from checkpoints_tools.source import Source
-from checkpoints_tools.target import Progress, whole_folder
+from checkpoints_tools.target import Progress, on_disk, whole_folder
 from megatron_sps2.config import DType, ModelConfig, ParallelConfig, divisors
 from megatron_sps2.model.manifest import TRACKER_NAME, WEIGHTS_NAME, write_manifest
 from megatron_sps2.model.spec import padded_vocab_size
@@ -24,7 +25,7 @@ CHECKPOINT_VERSION = 3.0
 def write_legacy(
     source: Source, target: Path, dtype: DType, tp_size: int, pp_size: int, progress: Progress
 ) -> None:
-    """The folder `target`, whole or not at all. The shards of one pipeline stage are in memory at a time.
+    """The folder `target`, whole or not at all. One pipeline stage at a time passes through the disk.
 
     Raises ValueError where tp_size does not divide the heads or pp_size the layers.
     """
@@ -36,7 +37,8 @@ def write_legacy(
     padded = padded_vocab_size(model.vocab_size, tp_size)
     count = sum(1 for _ in weight_rules(model))
     done = 0
-    with whole_folder(target) as folder:
+    with whole_folder(target) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as name_of_scratch:
+        scratch = Path(name_of_scratch)
         for stage in range(pp_size):
             shards: list[dict[str, Tensor]] = [{} for _ in range(tp_size)]
             for name, here in _names_of(model, stage, pp_size):
@@ -45,8 +47,7 @@ def write_legacy(
                     whole = F.pad(whole, (0, 0, 0, padded - len(whole)))
                 kind = getattr(torch, dtype)
                 for shard, part in zip(shards, split_tp(name, whole, tp_size, model.gated), strict=True):
-                    # A copy: a slice would be written with all that it is a slice of.
-                    shard[here] = part.to(kind).clone(memory_format=torch.contiguous_format)
+                    shard[here] = on_disk(part.to(kind), scratch)
                 done += 1
                 progress("weights", min(done, count), count)
             for rank, shard in enumerate(shards):

@@ -6,10 +6,14 @@ Knows no format.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from megatron_sps2.model.manifest import check_replaceable
 
@@ -41,3 +45,14 @@ def whole_folder(target: Path) -> Iterator[Path]:
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def on_disk(tensor: Tensor, folder: Path) -> Tensor:
+    """A copy in a mapped file, which the system can write back when memory runs short.
+
+    The file has no name any more: it lives as long as it is mapped, and no longer.
+    """
+    path = folder / secrets.token_hex(8)
+    mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    path.unlink()
+    return mapped.view(tensor.shape).copy_(tensor)

@@ -48,7 +48,7 @@ def save_sentencepiece(model: Path, folder: Path, said: dict[str, Any]) -> None:
 
     `add_bos_token` and `add_eos_token` become part of it; by default a text begins with BOS.
     """
-    from tokenizers import normalizers, processors
+    from tokenizers import processors
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as alone:
@@ -58,15 +58,30 @@ def save_sentencepiece(model: Path, folder: Path, said: dict[str, Any]) -> None:
     first = [tokenizer.bos_token] if said.get("add_bos_token", True) else []
     last = [tokenizer.eos_token] if said.get("add_eos_token", False) else []
     backend = tokenizer.backend_tokenizer
-    # SentencePiece puts a space before every text, also before one that begins with a space.
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.pre_tokenizer = None
+    backend.normalizer, backend.pre_tokenizer = _normalizer(model), None
     backend.post_processor = processors.TemplateProcessing(
         single=[*first, "$A", *last],
         special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in (*first, *last)],
     )
     _check_same(model, backend)
     tokenizer.save_pretrained(folder)
+
+
+def _normalizer(model: Path) -> Any:
+    """What SentencePiece does to a text before it cuts it; transformers' own is only like it."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+    from tokenizers import Regex, normalizers
+
+    read = ModelProto()
+    read.ParseFromString(model.read_bytes())
+    said, steps = read.normalizer_spec, list[Any]()
+    if said.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(said.precompiled_charsmap))
+    if said.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A | \z"), "")]
+    if said.add_dummy_prefix:
+        steps.append(normalizers.Prepend("▁"))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
 
 
 def _check_same(model: Path, backend: Any) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tokenizers import normalizers
 
+from checkpoints_tools import tokenizer_files
 from checkpoints_tools.tokenizer_files import copy_tokenizer
 from megatron_sps2.engine.detokenizer import Detokenizer
 from megatron_sps2.engine.tokenizer import load_tokenizer
@@ -43,9 +45,24 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("sentencepiece"))
 
 
-def test_a_model_that_normalises_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_normalises_gives_the_same_tokens(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     train(tmp_path, normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True)
+    copy_tokenizer(tmp_path, tmp_path / "target")
+    reference, ours = (
+        SentencePieceProcessor(str(tmp_path / "tokenizer.model")),
+        load_tokenizer(tmp_path / "target"),
+    )
+    for text in (*TEXTS, "Ａ ﬁ ①"):
+        assert ours.encode(text) == [1, *reference.encode(text)], text
+
+
+def test_a_model_that_would_be_cut_otherwise_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "target").mkdir()
+    train(tmp_path, remove_extra_whitespaces=True)
+    monkeypatch.setattr(tokenizer_files, "_normalizer", lambda model: normalizers.Prepend("▁"))
     with pytest.raises(ValueError, match=r"tokenizer\.model: tokenizer\.json would not give the tokens"):
         copy_tokenizer(tmp_path, tmp_path / "target")
 

@@ -1,4 +1,4 @@
-"""Keeps freed memory in the process, for glibc: a forward then reuses the pages of the one before.
+"""Whether freed memory stays in the process, for glibc: a forward reuses it, a converter gives it back.
 
 Knows the C library's allocator, no tensor.
 """
@@ -10,7 +10,10 @@ import platform
 
 # mallopt's parameters, from malloc.h.
 _M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 _M_MMAP_MAX = -4
+# Buffers from this size on are mapped alone where they are to be given back.
+_ALONE_BYTES = 1 << 20
 
 
 def keep_freed_memory() -> bool:
@@ -23,3 +26,13 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+def return_freed_memory() -> bool:
+    """From now on, large buffers go back to the system when freed. False where not possible.
+
+    By default glibc keeps more and more of them, as it learns how large they are.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _ALONE_BYTES))
