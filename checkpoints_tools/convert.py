@@ -75,7 +75,7 @@ def open_source(src: Path, *, trust_pickle: bool = False) -> Source:
     if src.is_dir() and (shards := find_legacy(src)) is not None:
         return LegacySource(shards, trust_pickle=trust_pickle)
     if (src / "config.json").is_file():
-        return HfSource(src)
+        return HfSource(src, trust_pickle=trust_pickle)
     raise ValueError(
         f"{src} is no .gguf or llama2.c file, no folder with config.json, and no Megatron checkpoint "
         f"({MANIFEST_NAME} and {WEIGHTS_NAME}/, or iter_NNNNNNN/mp_rank_TT/model_optim_rng.pt)"

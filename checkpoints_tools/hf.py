@@ -1,4 +1,4 @@
-"""Reads a Hugging Face folder: config.json, *.safetensors (one file or a sharded index), tokenizer files.
+"""Reads a Hugging Face folder: config.json, weights in one file or several with an index, tokenizer.
 
 Knows the folder's layout; families.py knows what its config means.
 """
@@ -10,16 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checkpoints_tools.families import model_config
+from checkpoints_tools.hf_files import open_file
 from checkpoints_tools.tokenizer_files import copy_tokenizer
 from megatron_sps2.config import DTYPES, DType
 
 INDEX = "model.safetensors.index.json"
+INDEXES = (INDEX, "pytorch_model.bin.index.json")
 # Buffers that older exports carry and that follow from the config.
-IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -37,9 +38,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 class HfSource:
-    """A folder with config.json and *.safetensors. Weights are read one by one as they are asked for."""
+    """A folder with config.json and *.safetensors or *.bin. A weight is read when it is asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, trust_pickle: bool = False) -> None:
         self.path = folder
         config = _read_json(folder / "config.json")
         generation = folder / "generation_config.json"
@@ -50,23 +51,17 @@ class HfSource:
         if named not in DTYPES:
             raise ValueError(f"{folder / 'config.json'}: dtype={named!r} is not one of {', '.join(DTYPES)}")
         self.dtype = cast(DType, named)
-        self._files = _weight_files(folder)
-        self._shapes, self._file_of = self._scan()
+        self._files = [open_file(path, trust_pickle) for path in _weight_files(folder)]
+        self._places = {_full_name(name): (file, name) for file in self._files for name in file.shapes}
+        self._shapes = {
+            name: file.shapes[theirs]
+            for name, (file, theirs) in self._places.items()
+            if self._is_wanted(name)
+        }
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
-
-    def _scan(self) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        file_of: dict[str, Path] = {}
-        for path in self._files:
-            with _open(path) as tensors:
-                for name in tensors.keys():  # noqa: SIM118, not a dict
-                    if self._is_wanted(name):
-                        shapes[name] = tuple(tensors.get_slice(name).get_shape())
-                        file_of[name] = path
-        return shapes, file_of
 
     def _is_wanted(self, name: str) -> bool:
         # A tied model uses the embedding whatever lm_head says, as transformers does.
@@ -74,35 +69,31 @@ class HfSource:
         return not redundant and not name.endswith(IGNORED_SUFFIXES)
 
     def fetch(self, name: str) -> Tensor:
-        with _open(self._file_of[name]) as tensors:
-            return tensors.get_tensor(name)
+        file, theirs = self._places[name]
+        return file.fetch(theirs)
 
     def save_tokenizer(self, folder: Path) -> None:
         copy_tokenizer(self.path, folder)
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size if path.exists() else 0
-        raise ValueError(f"{path} ({size} bytes) cannot be read: {error}; fetch the model again") from error
+def _full_name(name: str) -> str:
+    """GPT-2's first checkpoints were saved without their head, and so without its prefix."""
+    return f"transformer.{name}" if name.startswith(("wte.", "wpe.", "h.", "ln_f.")) else name
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the folder: those of the index where there is one, else all."""
-    if not (folder / INDEX).exists():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"{folder} has no *.safetensors file; other weight formats are not read")
-        return files
-    listed = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+    """Those of the index where there is one, else all; safetensors before pickles."""
+    index = next((folder / name for name in INDEXES if (folder / name).exists()), None)
+    if index is None:
+        for pattern in ("*.safetensors", "pytorch_model*.bin"):
+            if files := sorted(folder.glob(pattern)):
+                return files
+        raise FileNotFoundError(f"{folder} has no *.safetensors and no pytorch_model*.bin file")
+    listed = sorted(set(_read_json(index).get("weight_map", {}).values()))
     outside = [name for name in listed if Path(name).name != name]
     if outside:
-        raise ValueError(f"{folder / INDEX} names {outside[0]!r}, which is outside {folder}; it is not read")
+        raise ValueError(f"{index} names {outside[0]!r}, which is outside {folder}; it is not read")
     missing = [name for name in listed if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{folder / INDEX} names {missing}, not found in {folder}; fetch the model again"
-        )
+        raise FileNotFoundError(f"{index} names {missing}, not found in {folder}; fetch the model again")
     return [folder / name for name in listed]

@@ -7,9 +7,7 @@ legacy_writer.py's. A file is a pickle: it is read without running any code unle
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.legacy_args import model_config
+from checkpoints_tools.pickles import load_pickle
 from checkpoints_tools.tokenizer_files import copy_tokenizer
 from megatron_sps2.config import DTYPES, DType
 from megatron_sps2.model.manifest import MANIFEST_NAME, TRACKER_NAME, read_manifest
@@ -204,19 +203,7 @@ def _check_grid(args: Any, found: dict[str, int], folder: Path) -> None:
 
 def _load(path: Path, trust_pickle: bool) -> dict[str, Any]:
     """Mapped tensors and plain values. Raises ValueError naming the file."""
-    _check_archive(path)
-    try:
-        # argparse.Namespace holds Megatron's args; it is a bag of names and runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=not trust_pickle, mmap=True)
-    except pickle.UnpicklingError as error:
-        needs = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
-        reason = f"it needs {needs[1]}, which could run any code" if needs else str(error).split(". ")[0]
-        raise ValueError(
-            f"{path} is not read: {reason}; if you trust whoever wrote it, say --trust-pickle"
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} ({path.stat().st_size} bytes) cannot be read: {error}") from error
+    content = load_pickle(path, trust_pickle=trust_pickle)
     if not isinstance(content, dict) or "model" not in content:
         raise ValueError(f"{path} holds no 'model'; it is no Megatron checkpoint")
     if content.get("checkpoint_version", 3.0) < 2:
@@ -225,18 +212,6 @@ def _load(path: Path, trust_pickle: bool) -> dict[str, Any]:
             "and save it once with Megatron"
         )
     return content
-
-
-def _check_archive(path: Path) -> None:
-    """torch stores its archives' members as they are; a packed one may unpack to any size."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            packed = [each for each in archive.infolist() if each.compress_type != zipfile.ZIP_STORED]
-        if packed:
-            raise ValueError(
-                f"{path}: its member {packed[0].filename!r} is packed, {packed[0].file_size} bytes in "
-                f"{packed[0].compress_size}; torch never packs, so the file is not read"
-            )
 
 
 def _tensors(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:

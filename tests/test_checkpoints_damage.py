@@ -163,12 +163,22 @@ def test_control_what_is_whole_is_converted(source: str, models: Path, tmp_path:
 
 def test_a_hostile_shard_runs_nothing_until_it_is_trusted(models: Path, tmp_path: Path) -> None:
     change_shard(models, lambda content: content.update(opt=Evil(tmp_path / EVIL)))
-    (tmp_path / EVIL).rmdir() if (tmp_path / EVIL).exists() else None
     with pytest.raises(ValueError, match="mp_rank_01.*--trust-pickle"):
         convert(models / "legacy", tmp_path / "target")
     assert not (tmp_path / EVIL).exists()
     # Control: it is hostile.
     convert(models / "legacy", tmp_path / "target", trust_pickle=True)
+    assert (tmp_path / EVIL).exists()
+
+
+def test_a_hostile_bin_file_runs_nothing_until_it_is_trusted(models: Path, tmp_path: Path) -> None:
+    weights = load_file(models / "hf" / "model.safetensors")
+    (models / "hf" / "model.safetensors").unlink()
+    torch.save({**weights, "more": Evil(tmp_path / EVIL)}, models / "hf" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is not read.*--trust-pickle"):
+        convert(models / "hf", tmp_path / "target")
+    assert not (tmp_path / EVIL).exists()
+    convert(models / "hf", tmp_path / "target", trust_pickle=True)
     assert (tmp_path / EVIL).exists()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,74 @@ def test_what_is_written_as_hugging_face_is_what_transformers_read_before(
             for folder in (folders[name], tmp_path / "hf")
         ]
     assert torch.equal(*logits)
+
+
+BEFORE_CORE = {
+    "decoder.": "encoder.",
+    "linear_qkv.": "query_key_value.",
+    "linear_proj.": "dense.",
+    "linear_fc1.": "dense_h_to_4h.",
+    "linear_fc2.": "dense_4h_to_h.",
+    "pre_mlp_layernorm.": "post_attention_norm.",
+    "input_layernorm.": "input_norm.",
+    "final_layernorm.": "final_norm.",
+}
+TRANSFORMER_ENGINE = {
+    ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
+    ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
+}
+
+
+def rename(shard: Path, names: dict[str, str]) -> None:
+    """As another Megatron wrote it; what came before core nested its weights."""
+    content = torch.load(shard, weights_only=False)
+    model: dict[str, Any] = {"decoder.layers.0.self_attention.core_attention._extra_state": None}
+    for name, weight in content["model"].items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        model[name] = weight
+    if names is BEFORE_CORE:
+        parts: dict[str, dict[str, Any]] = {"embedding": {}, "encoder": {}, "output_layer": {}}
+        for name, weight in model.items():
+            part, rest = name.split(".", 1)
+            parts.get(part, {})[rest] = weight
+        model = {"language_model": {part: each for part, each in parts.items() if each}}
+    torch.save({**content, "model": model}, shard)
+
+
+@pytest.mark.parametrize("names", [BEFORE_CORE, TRANSFORMER_ENGINE], ids=["before core", "te"])
+@pytest.mark.parametrize("name", ["llama2", "qwen2", "gpt2"])
+def test_what_other_megatrons_wrote_is_read_by_its_own_args(
+    name: str, names: dict[str, str], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    convert(folders[name], tmp_path / "theirs", to="megatron-legacy", tp_size=2, pp_size=2)
+    (tmp_path / "theirs" / "sps2_model.json").unlink()
+    (tmp_path / "theirs" / "release").rename(tmp_path / "theirs" / "iter_0000042")
+    (tmp_path / "theirs" / "latest_checkpointed_iteration.txt").write_text("42")
+    for shard in (tmp_path / "theirs").rglob("*.pt"):
+        rename(shard, names)
+    convert(tmp_path / "theirs", tmp_path / "hf", to="hf")
+    assert equal(folders[name], tmp_path / "hf")
+
+
+@pytest.mark.parametrize("is_archive", [True, False])
+@pytest.mark.parametrize("name", ["llama3", "gpt2"])
+def test_pickled_weights_in_several_files_give_the_same_bits(
+    name: str, is_archive: bool, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """GPT-2 as it was first published: without the prefix, and with the masks beside the weights."""
+    (tmp_path / "bin").mkdir()
+    shutil.copyfile(folders[name] / "config.json", tmp_path / "bin" / "config.json")
+    found = {key.removeprefix("transformer."): each for key, each in weights(folders[name]).items()}
+    if name == "gpt2":
+        found["h.0.attn.bias"] = torch.ones(1, 1, 1024, 1024).tril()
+    file_of = {key: f"pytorch_model-{1 + i % 2}-of-2.bin" for i, key in enumerate(found)}
+    for file in set(file_of.values()):
+        part = {key: found[key] for key in found if file_of[key] == file}
+        torch.save(part, tmp_path / "bin" / file, _use_new_zipfile_serialization=is_archive)
+    (tmp_path / "bin" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": file_of}))
+    convert(tmp_path / "bin", tmp_path / "hf", to="hf")
+    assert equal(folders[name], tmp_path / "hf")
 
 
 def test_control_another_weight_is_noticed(folders: dict[str, Path], tmp_path: Path) -> None:
