@@ -83,8 +83,19 @@ def model_config(config: Config, path: Path, generation: Config) -> ModelConfig:
         raise ValueError(f"{path} has no {error.args[0]!r}, which a {kind} model needs") from None
 
 
+# Known, and not served: why.
+REFUSED = {
+    "gemma3_text": "its blocks end with norms, which Megatron's local layers have no place for",
+    "gemma3": "it sees pictures, and its blocks end with norms",
+    "mixtral": "it is a mixture of experts",
+    "qwen3_moe": "it is a mixture of experts",
+}
+
+
 def _family(config: Config, path: Path) -> Family:
     kind = config.get("model_type")
+    if kind in REFUSED:
+        raise ValueError(f"{path}: model_type={kind!r} is not supported: {REFUSED[kind]}")
     if kind not in FAMILIES:
         raise ValueError(f"{path}: model_type={kind!r} is not supported; only {', '.join(FAMILIES)} are")
     return FAMILIES[kind]
