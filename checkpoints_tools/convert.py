@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints_tools.core import CoreSource, alone, write_core
+from checkpoints_tools.core import CoreSource, alone, find_core, write_core
 from checkpoints_tools.gguf import GgufSource
 from checkpoints_tools.hf import HfSource
 from checkpoints_tools.hf_writer import write_hf
@@ -18,7 +18,7 @@ from checkpoints_tools.source import CheckedSource, Source, check_weights
 from checkpoints_tools.target import Progress, check_target
 from megatron_sps2.config import CHECKPOINT_FORMATS, DTYPES, CheckpointFormat, DType, ModelConfig
 from megatron_sps2.model.heap import return_freed_memory
-from megatron_sps2.model.manifest import MANIFEST_NAME, WEIGHTS_NAME
+from megatron_sps2.model.manifest import MANIFEST_NAME
 
 
 def convert(
@@ -70,15 +70,15 @@ def open_source(src: Path, *, trust_pickle: bool = False) -> Source:
         return GgufSource(src)
     if src.is_file() and is_llama2c(src):
         return Llama2cSource(src)
-    if (src / MANIFEST_NAME).is_file() and (src / WEIGHTS_NAME / "metadata.json").is_file():
-        return CoreSource(src)
     if src.is_dir() and (shards := find_legacy(src)) is not None:
         return LegacySource(shards, trust_pickle=trust_pickle)
+    if src.is_dir() and ((src / MANIFEST_NAME).is_file() or find_core(src) is not None):
+        return CoreSource(src, trust_pickle=trust_pickle)
     if (src / "config.json").is_file():
         return HfSource(src, trust_pickle=trust_pickle)
     raise ValueError(
         f"{src} is no .gguf or llama2.c file, no folder with config.json, and no Megatron checkpoint "
-        f"({MANIFEST_NAME} and {WEIGHTS_NAME}/, or iter_NNNNNNN/mp_rank_TT/model_optim_rng.pt)"
+        "(release/ or iter_NNNNNNN/, with .metadata and common.pt, or with mp_rank_TT/model_optim_rng.pt)"
     )
 
 

@@ -9,33 +9,55 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from checkpoints_tools.core_reader import CoreReader
+from checkpoints_tools.core_reader import INDEX, CoreReader
+from checkpoints_tools.legacy_args import model_config
+from checkpoints_tools.pickles import load_pickle
 from checkpoints_tools.source import Source
 from checkpoints_tools.target import Progress, on_disk
 from checkpoints_tools.tokenizer_files import copy_tokenizer
-from megatron_sps2.config import DType
+from megatron_sps2.config import DTYPES, DType
 from megatron_sps2.model.checkpoint import save_model
-from megatron_sps2.model.manifest import WEIGHTS_NAME, check_files, read_manifest
+from megatron_sps2.model.manifest import (
+    MANIFEST_NAME,
+    TRACKER_NAME,
+    WEIGHTS_NAME,
+    check_files,
+    read_manifest,
+)
 from megatron_sps2.model.spec import build_gpt
-from megatron_sps2.model.weights import hf_shapes, to_megatron, weight_rules
+from megatron_sps2.model.weights import EMBEDDING, OUTPUT, hf_shapes, to_megatron, weight_rules
+
+# Beside the index: what is not a tensor, Megatron's args among it.
+COMMON = "common.pt"
 
 
 class CoreSource:
-    """A checkpoint folder of sps2. No weight is read before `fetch`."""
+    """A torch_dist checkpoint, of sps2 or of Megatron's training. No weight is read before `fetch`."""
 
-    def __init__(self, folder: Path) -> None:
-        manifest = read_manifest(folder)
-        check_files(folder, manifest)
-        self.path, self.model, self.dtype = folder, manifest.model, manifest.dtype
-        self._reader = CoreReader(folder / WEIGHTS_NAME)
-        self._rules = {name: rule for rule in weight_rules(manifest.model) for name in rule.hf}
+    def __init__(self, folder: Path, *, trust_pickle: bool = False) -> None:
+        self.path = folder
+        if (folder / MANIFEST_NAME).is_file():
+            manifest = read_manifest(folder)
+            check_files(folder, manifest)
+            self.model, self.dtype = manifest.model, manifest.dtype
+            self._reader = CoreReader(folder / WEIGHTS_NAME)
+        else:
+            newest = find_core(folder)
+            assert newest is not None, "the caller has looked"
+            common = load_pickle(newest / COMMON, trust_pickle=trust_pickle)
+            self.model = model_config(common.get("args"), newest)
+            self._reader = CoreReader(newest)
+            self.dtype = _dtype(self._reader, newest)
+        self._rules = {name: rule for rule in weight_rules(self.model) for name in rule.hf}
         self._newest: tuple[str, dict[str, Tensor]] = "", {}
+        self._check_names()
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -45,13 +67,54 @@ class CoreSource:
         """q, k and v, and gate and up, are one weight here, which is kept for the others' turn."""
         rule = self._rules[name]
         if self._newest[0] != rule.megatron:
-            whole = self._reader.read(rule.megatron)[: rule.shape[0]]  # without a vocabulary's padding
+            whole = self._reader.read(rule.megatron)
+            if rule.megatron in (EMBEDDING, OUTPUT):
+                whole = whole[: rule.shape[0]]  # without its padding
+            if tuple(whole.shape) != rule.shape:
+                found = tuple(whole.shape)
+                raise ValueError(
+                    f"{self._reader.path}: {rule.megatron} has shape {found}, expected {rule.shape}"
+                )
             parts = rule.split(whole)
             self._newest = rule.megatron, dict(zip(rule.hf, parts, strict=True))
         return self._newest[1][name].contiguous()
 
+    def _check_names(self) -> None:
+        """Weights that the model lacks would be left out in silence. ValueError naming the first."""
+        known = {self._reader.key(rule.megatron) for rule in weight_rules(self.model)}
+        for name in sorted(self._reader.shapes.keys() - known):
+            if name.startswith(("decoder.", "embedding.", "output_layer.")) and "_extra_state" not in name:
+                raise ValueError(
+                    f"{self._reader.path} holds {name}, which a model of this shape does not have"
+                )
+
     def save_tokenizer(self, folder: Path) -> None:
         copy_tokenizer(self.path, folder)
+
+
+def find_core(folder: Path) -> Path | None:
+    """The folder with the index: `folder`, or the iteration that it calls its latest. None: there is none."""
+    named = newest_iteration(folder)
+    found = (each for each in (named, folder) if each is not None)
+    return next((each for each in found if (each / INDEX).is_file() and (each / COMMON).is_file()), None)
+
+
+def newest_iteration(folder: Path) -> Path | None:
+    """What Megatron's tracker file names; None where there is none."""
+    tracker = folder / TRACKER_NAME
+    if not tracker.is_file():
+        return None
+    newest = tracker.read_text().strip()
+    if newest != "release" and not newest.isdigit():
+        return None
+    return folder / (newest if newest == "release" else f"iter_{int(newest):07}")
+
+
+def _dtype(reader: CoreReader, path: Path) -> DType:
+    found = str(reader.dtype(EMBEDDING)).removeprefix("torch.")
+    if found not in DTYPES:
+        raise ValueError(f"{path} holds weights of {found}; one of {', '.join(DTYPES)} is read")
+    return cast(DType, found)
 
 
 def write_core(

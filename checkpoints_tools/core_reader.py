@@ -49,6 +49,10 @@ class CoreReader:
         """As saved."""
         return self._find(name)[1].properties.dtype
 
+    def key(self, name: str) -> str:
+        """What the files call a weight of the model. Raises ValueError where they have none."""
+        return self._find(name)[0]
+
     def read(self, name: str) -> Tensor:
         """A weight by its name in the model, "decoder.layers.3..."."""
         key, found, layer = self._find(name)

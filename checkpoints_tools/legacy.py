@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints_tools.core import newest_iteration
 from checkpoints_tools.legacy_args import model_config
 from checkpoints_tools.pickles import load_pickle
 from checkpoints_tools.tokenizer_files import copy_tokenizer
 from megatron_sps2.config import DTYPES, DType
-from megatron_sps2.model.manifest import MANIFEST_NAME, TRACKER_NAME, read_manifest
+from megatron_sps2.model.manifest import MANIFEST_NAME, read_manifest
 from megatron_sps2.model.weights import EMBEDDING, OUTPUT, POSITIONS, WeightRule, hf_shapes, weight_rules
 
 SHARD_FILES = ("model_optim_rng.pt", "model_rng.pt")
@@ -49,12 +50,9 @@ _OLDER = (
 
 def find_legacy(folder: Path) -> Path | None:
     """The folder that holds mp_rank_*: `folder`, its newest iteration or its release. None: none does."""
-    tracker = folder / TRACKER_NAME
-    if tracker.is_file():
-        newest = tracker.read_text().strip()
-        name = newest if newest == "release" else f"iter_{int(newest):07}" if newest.isdigit() else ""
-        if name and any((folder / name).glob("mp_rank_*")):
-            return folder / name
+    newest = newest_iteration(folder)
+    if newest is not None and any(newest.glob("mp_rank_*")):
+        return newest
     return folder if any(folder.glob("mp_rank_*")) else None
 
 

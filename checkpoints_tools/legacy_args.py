@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
 from megatron_sps2.config import DType, ModelConfig, RopeScaling
 from megatron_sps2.model.spec import NORMS
+
+logger = logging.getLogger(__name__)
 
 # What the model floor computes; another value means another model.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -17,7 +20,6 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "openai_gelu": (False, True),
     "rotary_percent": (1.0,),
     "rotary_interleaved": (False,),
-    "rotary_seq_len_interpolation_factor": (None, 1),
     "apply_layernorm_1p": (False,),
     "num_experts": (None, 0),
     "multi_latent_attention": (False,),
@@ -67,6 +69,10 @@ def model_config(args: Any, path: Path) -> ModelConfig:
 
 def _scaling(values: dict[str, Any]) -> RopeScaling | None:
     """Megatron's --use-rope-scaling is Llama 3.1's, with 8,192 and the factors 1 and 4 built in."""
+    stretch = float(values.get("rotary_seq_len_interpolation_factor") or 1)
+    if stretch != 1:
+        longest = int(values["max_position_embeddings"])
+        return RopeScaling(kind="linear", factor=stretch, original_max_seq_len=longest)
     if not values.get("use_rope_scaling"):
         return None
     factor = float(values.get("rope_scaling_factor") or 8.0)
@@ -77,6 +83,15 @@ def make_args(
     model: ModelConfig, dtype: DType, tp_size: int, pp_size: int, padded: int
 ) -> argparse.Namespace:
     """What Megatron needs to build the model again, under its own names."""
+    scaling = model.rope_scaling
+    is_llama3 = scaling is not None and scaling.kind == "llama3"
+    is_linear = scaling is not None and scaling.kind == "linear"
+    known = RopeScaling(kind="llama3", factor=scaling.factor, original_max_seq_len=8192) if scaling else None
+    if model.no_rope_layers or not (is_linear or scaling == known):
+        logger.warning(
+            "Megatron's arguments cannot say %s; only sps2_model.json beside the shards does",
+            f"no_rope_layers={model.no_rope_layers}" if model.no_rope_layers else scaling,
+        )
     return argparse.Namespace(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -101,8 +116,9 @@ def make_args(
         use_rotary_position_embeddings=not model.learned_positions,
         rotary_base=int(model.rotary_base) if model.rotary_base.is_integer() else model.rotary_base,
         rotary_percent=1.0,
-        use_rope_scaling=model.rope_scaling is not None and model.rope_scaling.kind == "llama3",
-        rope_scaling_factor=model.rope_scaling.factor if model.rope_scaling else None,
+        use_rope_scaling=is_llama3,
+        rope_scaling_factor=scaling.factor if scaling and is_llama3 else None,
+        rotary_seq_len_interpolation_factor=scaling.factor if scaling and is_linear else None,
         untie_embeddings_and_output_weights=not model.tie_embeddings,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -125,6 +125,14 @@ class ModelConfig:
             )
         _require_choice("norm", self.norm, ("rms", "layer"))
         _require_choice("activation", self.activation, ("silu", "gelu", "gelu_tanh"))
+        gpt2 = (self.norm == "layer", self.activation != "silu", not self.gated, self.linear_bias)
+        if any(each != self.learned_positions for each in gpt2):
+            raise ValueError(
+                f"norm={self.norm!r}, activation={self.activation!r}, gated={self.gated}, linear_bias="
+                f"{self.linear_bias} and learned_positions={self.learned_positions} are not served together: "
+                "either RMSNorm, SiLU, gated, no biases and rotary positions (Llama), or LayerNorm, GELU, "
+                "not gated, biases and learned positions (GPT-2)"
+            )
         if self.head_dim % 2 and not self.learned_positions:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions need an even head_dim")
         if any(not 0 <= layer < self.num_layers for layer in self.no_rope_layers):

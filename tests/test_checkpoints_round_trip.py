@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from checkpoints_tools.convert import convert
+from checkpoints_tools.legacy_args import make_args
 from megatron_sps2.model.manifest import read_manifest
 from tests.families import save_family
 
-FAMILIES = ("llama2", "llama3", "qwen2", "qwen2-yarn", "qwen3", "smollm3", "smollm2", "gpt2")
+FAMILIES = ("llama2", "llama-linear", "llama3", "qwen2", "qwen2-yarn", "qwen3", "smollm3", "smollm2", "gpt2")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -128,6 +129,44 @@ def test_what_other_megatrons_wrote_is_read_by_its_own_args(
         rename(shard, names)
     convert(tmp_path / "theirs", tmp_path / "hf", to="hf")
     assert equal(folders[name], tmp_path / "hf")
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama-linear", "qwen2", "qwen3", "gpt2"])
+def test_a_core_checkpoint_of_a_training_is_read_by_its_own_args(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """With what an optimizer leaves beside the weights, and a vocabulary padded for other tp ranks."""
+    model = convert(folders[name], tmp_path / "theirs")
+    (tmp_path / "theirs" / "sps2_model.json").unlink()
+    (tmp_path / "theirs" / "release").rename(tmp_path / "theirs" / "iter_0000007")
+    (tmp_path / "theirs" / "latest_checkpointed_iteration.txt").write_text("7\n")
+    common = tmp_path / "theirs" / "iter_0000007" / "common.pt"
+    args = make_args(model, "float32", 2, 1, padded=252)
+    torch.save({"args": args, "iteration": 7, "opt_param_scheduler": {"num_steps": 7}}, common)
+    convert(tmp_path / "theirs", tmp_path / "hf", to="hf")
+    assert equal(folders[name], tmp_path / "hf")
+    again = convert(tmp_path / "theirs", tmp_path / "again")
+    assert again.rope_scaling == model.rope_scaling and again.qk_norm == model.qk_norm
+
+
+def test_args_that_do_not_fit_the_weights_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = convert(folders["qwen2"], tmp_path / "theirs")
+    (tmp_path / "theirs" / "sps2_model.json").unlink()
+    common = tmp_path / "theirs" / "release" / "common.pt"
+    for change, message in (
+        ({"add_qkv_bias": False}, "holds decoder.layers.self_attention.linear_qkv.bias, which"),
+        ({"ffn_hidden_size": 48}, r"linear_fc1\.weight has shape \(192, 64\), expected \(96, 64\)"),
+        ({"normalization": "LayerNorm"}, "are not served together"),
+        ({"num_layers": 3}, "holds 2 layers of .*, not layer 2"),
+        ({"qk_layernorm": True}, r"holds no decoder\.layers\.0\.self_attention\.q_layernorm\.weight"),
+        ({"num_experts": 8}, r"args\.num_experts=8 is not supported"),
+    ):
+        args = make_args(model, "float32", 1, 1, padded=251)
+        vars(args).update(change)
+        torch.save({"args": args}, common)
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path / "theirs", tmp_path / "hf", to="hf")
+    assert not (tmp_path / "hf").exists()
 
 
 @pytest.mark.parametrize("is_archive", [True, False])
