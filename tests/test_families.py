@@ -12,8 +12,10 @@ import torch
 
 from checkpoints_tools.convert import convert
 from checkpoints_tools.families import FAMILIES, model_config
+from megatron_sps2.cli.doctor import num_weights
 from megatron_sps2.config import ParallelConfig, ScheduleConfig
 from megatron_sps2.engine.build import EngineConfig
+from megatron_sps2.model.weights import hf_shapes
 from tests.families import FAMILY_MODELS, save_family
 from tests.ranks import run_ranks
 from tests.sharded_run import Prompt, logits_error, run_everything
@@ -94,6 +96,14 @@ def test_older_and_newer_spellings_of_positions_mean_the_same() -> None:
     del old["rope_scaling"]["rope_theta"], old["rope_scaling"]["rope_type"]
     ours = [model_config(config, Path("config.json"), {}) for config in (old, new)]
     assert ours[0] == ours[1] and ours[0].rope_scaling is not None
+
+
+@pytest.mark.parametrize("name", FAMILY_MODELS)
+def test_the_doctor_counts_every_weight(name: str) -> None:
+    config = json.loads(FAMILY_MODELS[name].config().to_json_string(use_diff=False))
+    model = model_config(config, Path("config.json"), {})
+    counted = sum(torch.Size(shape).numel() for shape in hf_shapes(model).values())
+    assert num_weights(model, 1, output_copy=not model.tie_embeddings) == counted
 
 
 def test_a_window_counts_only_where_it_is_used() -> None:

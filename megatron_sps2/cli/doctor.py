@@ -65,12 +65,15 @@ def memory_per_rank(args: argparse.Namespace, model: ModelConfig) -> dict[str, A
 
 def num_weights(model: ModelConfig, tp_size: int, output_copy: bool) -> int:
     """Elements that one tp rank keeps; `output_copy`: the output layer has a matrix of its own."""
-    heads = 2 * model.num_attention_heads + 2 * model.num_query_groups
-    per_layer = heads * model.head_dim * model.hidden_size + 3 * model.hidden_size * model.ffn_hidden_size
+    hidden, ffn = model.hidden_size, (1 + model.gated) * model.ffn_hidden_size
+    q_size, kv_size = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
+    shared = (2 * q_size + 2 * kv_size + ffn + model.ffn_hidden_size) * hidden
+    shared += (q_size + 2 * kv_size) * (model.qkv_bias or model.linear_bias) + ffn * model.linear_bias
+    whole = 2 * hidden * model.linear_bias + 2 * model.head_dim * model.qk_norm
+    norm = hidden * (1 + (model.norm == "layer"))
     rows = -(-model.vocab_size // tp_size)  # the vocabulary is padded to a multiple of tp_size
-    embeddings = (1 + output_copy) * rows * model.hidden_size
-    norms = (2 * model.num_layers + 1) * model.hidden_size
-    return model.num_layers * per_layer // tp_size + embeddings + norms
+    embeddings = (1 + output_copy) * rows * hidden + model.max_seq_len * hidden * model.learned_positions
+    return model.num_layers * (shared // tp_size + whole + 2 * norm) + embeddings + norm
 
 
 def has_output_copy(model: ModelConfig, dtype: DType, device: str) -> bool:
