@@ -344,7 +344,7 @@ def empty_folder(path: Path) -> Path:
         (lambda folder: (folder / "none", folder / "new"), "does not exist"),
         (
             lambda folder: (empty_folder(folder / "old"), folder / "new"),
-            "neither a .gguf file nor a folder with config.json",
+            "no .gguf or llama2.c file, no folder with config.json",
         ),
         (lambda folder: (write_ids(folder / "a.gguf", [1]), folder / "new"), "a.gguf"),
     ],

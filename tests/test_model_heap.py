@@ -24,7 +24,9 @@ def _faults_of_large_buffers() -> int:
 
 
 def _before_and_after() -> tuple[int, bool, int]:
-    return _faults_of_large_buffers(), keep_freed_memory(), _faults_of_large_buffers()
+    before, possible = _faults_of_large_buffers(), keep_freed_memory()
+    # The kernel may take pages away by itself when memory is short; not three times in a row.
+    return before, possible, min(_faults_of_large_buffers() for _ in range(3))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")

@@ -162,7 +162,7 @@ def serve(checkpoint: str, grid: str, poison: int) -> dict[str, Served]:
 
 def poison_embedding(forward: GptForward, token_id: int) -> None:
     clean = forward.embed
-    forward.embed = lambda ids: clean(ids).masked_fill(  # type: ignore[method-assign]
+    forward.embed = lambda ids, places: clean(ids, places).masked_fill(  # type: ignore[method-assign]
         (ids == token_id).unsqueeze(-1), torch.nan
     )
 

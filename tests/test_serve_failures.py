@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -52,7 +53,8 @@ def poison(folder: Path) -> tuple[Path, int]:
     token = next(i for i in range(3, VOCAB_SIZE) if i not in whole[0])
     hf.model.embed_tokens.weight.data[token] = torch.nan
     hf.save_pretrained(folder / "hf")
-    convert(folder / "hf", folder / "poisoned")
+    with mock.patch("checkpoints_tools.convert.CheckedSource", lambda source: source):  # it would refuse
+        convert(folder / "hf", folder / "poisoned")
     return folder / "poisoned", token
 
 
