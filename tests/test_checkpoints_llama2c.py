@@ -97,19 +97,10 @@ def test_a_real_model_tells_its_story(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path / "ckpt")
     for text in ("", "Once upon a time", "  two  spaces\n\ttab ", "naïve 日本 🙂"):
         assert tokenizer.encode(text) == [1, *sentencepiece.encode(text)], text
+    (tmp_path / "ids.json").write_text("[1]")
     done = sps2(
-        *(
-            "generate",
-            "--checkpoint",
-            tmp_path / "ckpt",
-            "--sp",
-            2,
-            "--prompt-ids",
-            "[1]",
-            "--max-tokens",
-            40,
-        ),
-        *("--temperature", 0),
+        *("generate", "--checkpoint", tmp_path / "ckpt", "--sp", 2, "--prompt-ids", tmp_path / "ids.json"),
+        *("--max-tokens", 40, "--temperature", 0),
     )
     story = "Once upon a time, there was a little girl named Lily."
     assert done.stdout.strip().startswith(story), done.stdout + done.stderr
