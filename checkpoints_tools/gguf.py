@@ -50,6 +50,13 @@ def rows_to_hf(weight: Tensor, num_heads: int) -> Tensor:
     return weight.view(num_heads, rows // num_heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
 
 
+def turned_to_hf(name: str, weight: Tensor, model: ModelConfig) -> Tensor:
+    """A weight by its Hugging Face name; q and k in Hugging Face's order of rows."""
+    heads = {"q_proj.weight": model.num_attention_heads, "k_proj.weight": model.num_query_groups}
+    num_heads = next((count for end, count in heads.items() if name.endswith(end)), None)
+    return weight if num_heads is None else rows_to_hf(weight, num_heads)
+
+
 class GgufSource:
     """A .gguf file, memory-mapped; each weight is dequantised to fp32 when it is asked for."""
 
@@ -69,11 +76,7 @@ class GgufSource:
     def fetch(self, name: str) -> Tensor:
         tensor = self._tensors[name]
         weight = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
-        if name.endswith("q_proj.weight"):
-            return rows_to_hf(weight, self.model.num_attention_heads)
-        if name.endswith("k_proj.weight"):
-            return rows_to_hf(weight, self.model.num_query_groups)
-        return weight
+        return turned_to_hf(name, weight, self.model)
 
     def save_tokenizer(self, folder: Path) -> None:
         from transformers import AutoTokenizer

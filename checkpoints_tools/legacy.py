@@ -117,6 +117,18 @@ class LegacySource:
                     raise ValueError(f"{path}: {name} {expected} is missing")
                 if found != expected:
                     raise ValueError(f"{path}: {name} has shape {found}, expected {expected}")
+        self._check_nothing_is_left()
+
+    def _check_nothing_is_left(self) -> None:
+        """Weights that the model lacks would be left out in silence. ValueError naming the first."""
+        places = [self._place(rule.megatron) for rule in weight_rules(self.model)]
+        for stage in self._stages:
+            known = {name for where, name in places if where is stage}
+            known |= {OUTPUT} if self.model.tie_embeddings else set()  # the last stage's own copy
+            for path, tensors in zip(stage.files, stage.tensors, strict=True):
+                left = [name for name in sorted(tensors.keys() - known) if not name.endswith("inv_freq")]
+                if left:
+                    raise ValueError(f"{path} holds {left[0]}, which a model of this shape lacks")
 
     def _place(self, name: str) -> tuple[_Stage, str]:
         """Of a weight by its name in the whole model: its stage, and what it is called there."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints_tools.gguf import rows_to_hf
+from checkpoints_tools.gguf import turned_to_hf
 from checkpoints_tools.tokenizer_files import save_sentencepiece
 from megatron_sps2.config import DType, ModelConfig
 
@@ -51,12 +51,7 @@ class Llama2cSource:
     def fetch(self, name: str) -> Tensor:
         start, shape = self._places[name]
         values = np.array(self._values[start : start + int(np.prod(shape))], dtype=np.float32)
-        weight = torch.from_numpy(values).view(shape)
-        if name.endswith("q_proj.weight"):
-            return rows_to_hf(weight, self.model.num_attention_heads)
-        if name.endswith("k_proj.weight"):
-            return rows_to_hf(weight, self.model.num_query_groups)
-        return weight
+        return turned_to_hf(name, torch.from_numpy(values).view(shape), self.model)
 
     def save_tokenizer(self, folder: Path) -> None:
         found = sorted(self.path.parent.glob("*.model"))

@@ -132,6 +132,13 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
         lambda models: change_shard(models, lambda content: content["model"].pop(FC1)),
         rf"mp_rank_01/model_optim_rng\.pt: {FC1} .* is missing",
     ),
+    "legacy weight too many": (
+        "legacy",
+        lambda models: change_shard(
+            models, lambda content: content["model"].update({f"{FC1[:-6]}bias": torch.ones(96)})
+        ),
+        r"mp_rank_01/model_optim_rng\.pt holds decoder\.layers\.1\.mlp\.linear_fc1\.bias, which",
+    ),
     "legacy shape swapped": (
         "legacy",
         lambda models: change_shard(models, lambda content: swapped(content["model"], FC1)),

@@ -118,8 +118,8 @@ def _gpt2_rules(model: ModelConfig) -> Iterator[WeightRule]:
     yield _same(POSITIONS, "transformer.wpe.weight", (model.max_seq_len, hidden))
     for index in range(model.num_layers):
         ours, hf = f"decoder.layers.{index}", f"transformer.h.{index}"
-        linears = {"attn.c_proj": ("self_attention.linear_proj", hidden, hidden)}
-        linears |= {
+        linears = {
+            "attn.c_proj": ("self_attention.linear_proj", hidden, hidden),
             "mlp.c_fc": ("mlp.linear_fc1", hidden, ffn),
             "mlp.c_proj": ("mlp.linear_fc2", ffn, hidden),
         }
