@@ -8,10 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from checkpoints_tools.core import CoreSource, alone, find_core, write_core
+from checkpoints_tools.deepspeed import deepspeed_shards, find_deepspeed
 from checkpoints_tools.gguf import GgufSource
 from checkpoints_tools.hf import HfSource
 from checkpoints_tools.hf_writer import write_hf
-from checkpoints_tools.legacy import LegacySource, find_legacy
+from checkpoints_tools.legacy import LegacySource
+from checkpoints_tools.legacy_files import find_legacy, legacy_shards
 from checkpoints_tools.legacy_writer import write_legacy
 from checkpoints_tools.llama2c import Llama2cSource, is_llama2c
 from checkpoints_tools.source import CheckedSource, Source, check_weights
@@ -62,6 +64,32 @@ def convert(
     return source.model
 
 
+def reshard(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    tp_size: int = 1,
+    pp_size: int = 1,
+    force: bool = False,
+    trust_pickle: bool = False,
+    progress: Progress | None = None,
+) -> ModelConfig:
+    """A Megatron checkpoint of any cut -> a megatron-legacy one cut for tp_size and pp_size, dtype kept.
+
+    A core checkpoint needs none of this: it loads at any. Raises as `convert` does.
+    """
+    return convert(
+        src,
+        dst,
+        to="megatron-legacy",
+        tp_size=tp_size,
+        pp_size=pp_size,
+        force=force,
+        trust_pickle=trust_pickle,
+        progress=progress,
+    )
+
+
 def open_source(src: Path, *, trust_pickle: bool = False) -> Source:
     """Guesses the format of `src` by what is there."""
     if not src.exists():
@@ -70,15 +98,18 @@ def open_source(src: Path, *, trust_pickle: bool = False) -> Source:
         return GgufSource(src)
     if src.is_file() and is_llama2c(src):
         return Llama2cSource(src)
-    if src.is_dir() and (shards := find_legacy(src)) is not None:
-        return LegacySource(shards, trust_pickle=trust_pickle)
+    if src.is_dir() and (found := find_legacy(src)) is not None:
+        return LegacySource(legacy_shards(found, trust_pickle=trust_pickle))
+    if src.is_dir() and (found := find_deepspeed(src)) is not None:
+        return LegacySource(deepspeed_shards(found, trust_pickle=trust_pickle))
     if src.is_dir() and ((src / MANIFEST_NAME).is_file() or find_core(src) is not None):
         return CoreSource(src, trust_pickle=trust_pickle)
     if (src / "config.json").is_file():
         return HfSource(src, trust_pickle=trust_pickle)
     raise ValueError(
         f"{src} is no .gguf or llama2.c file, no folder with config.json, and no Megatron checkpoint "
-        "(release/ or iter_NNNNNNN/, with .metadata and common.pt, or with mp_rank_TT/model_optim_rng.pt)"
+        "(release/ or iter_NNNNNNN/, with .metadata and common.pt, or with mp_rank_TT/model_optim_rng.pt; or "
+        "DeepSpeed's, with mp_rank_TT_model_states.pt)"
     )
 
 

@@ -49,11 +49,10 @@ def inspect(path: str | Path, *, trust_pickle: bool = False) -> dict[str, Any]:
 def _format(source: Source) -> str:
     names: dict[type, str] = {
         CoreSource: "megatron",
-        LegacySource: "megatron-legacy",
         GgufSource: "gguf",
         Llama2cSource: "llama2.c",
     }
-    return names.get(type(source), "hf")
+    return source.format if isinstance(source, LegacySource) else names.get(type(source), "hf")
 
 
 def _shards(source: Source) -> dict[str, int] | None:

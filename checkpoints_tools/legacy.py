@@ -1,30 +1,26 @@
-"""Megatron's older checkpoints: iter_NNNNNNN/mp_rank_TT[_PPP]/model_optim_rng.pt, tp and pp merged.
+"""The shards of Megatron's older checkpoints, tp and pp merged.
 
-Reads core's names (flat), Transformer Engine's, and those before core (language_model.encoder); writing is
-legacy_writer.py's. A file is a pickle: it is read without running any code unless the user says otherwise.
+Knows core's names, Transformer Engine's and those before core (language_model.encoder); no file: those are
+legacy_files.py's and deepspeed.py's, and writing is legacy_writer.py's.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from checkpoints_tools.core import newest_iteration
 from checkpoints_tools.legacy_args import model_config
-from checkpoints_tools.pickles import load_pickle
 from checkpoints_tools.tokenizer_files import copy_tokenizer
 from megatron_sps2.config import DTYPES, DType
 from megatron_sps2.model.manifest import MANIFEST_NAME, read_manifest
 from megatron_sps2.model.weights import EMBEDDING, OUTPUT, POSITIONS, WeightRule, hf_shapes, weight_rules
 
-SHARD_FILES = ("model_optim_rng.pt", "model_rng.pt")
 # Which dimension is cut over tp ranks; what is not listed is the same on all of them.
 CUT = {
     **dict.fromkeys((EMBEDDING, OUTPUT, "linear_qkv.weight", "linear_qkv.bias"), 0),
@@ -48,45 +44,44 @@ _OLDER = (
 )
 
 
-def find_legacy(folder: Path) -> Path | None:
-    """The folder that holds mp_rank_*: `folder`, its newest iteration or its release. None: none does."""
-    newest = newest_iteration(folder)
-    if newest is not None and any(newest.glob("mp_rank_*")):
-        return newest
-    return folder if any(folder.glob("mp_rank_*")) else None
-
-
 @dataclass(slots=True)
-class _Stage:
-    """One pipeline stage: the files of its tp ranks, by rank, and how many layers come before it."""
+class Stage:
+    """One pipeline stage: of each tp rank its file and its weights under our names, layers counted from 0."""
 
     files: list[Path]
+    tensors: list[dict[str, Tensor]]
     first_layer: int = 0
-    tensors: list[dict[str, Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """What the files of a folder hold. args: Megatron's, or None."""
+
+    format: str
+    folder: Path
+    args: Any
+    stages: list[Stage]
 
 
 class LegacySource:
-    """The shards in one folder. They are mapped, not loaded: a weight is read when it is asked for."""
+    """The model that shards make up. They are mapped, not loaded: a weight is read when it is asked for."""
 
-    def __init__(self, folder: Path, *, trust_pickle: bool = False) -> None:
-        self.path = folder
-        self._stages = [_Stage(files) for files in _shard_files(folder)]
-        args, num_layers = None, 0
+    def __init__(self, shards: Shards) -> None:
+        """Raises ValueError naming args that are not supported, or the file and weight that do not fit."""
+        self.path = folder = shards.folder
+        self.format = shards.format
+        self._stages, num_layers = shards.stages, 0
         for stage in self._stages:
-            for path in stage.files:
-                content = _load(path, trust_pickle)
-                args = args or content.get("args")
-                stage.tensors.append(_tensors(content, path))
             stage.first_layer = num_layers
             num_layers += _num_layers(stage.tensors[0])
-        _check_grid(args, self.grid, folder)
         beside = next((each for each in (folder, folder.parent) if (each / MANIFEST_NAME).is_file()), None)
         self._beside = beside or folder
-        self.model = read_manifest(beside).model if beside else model_config(args, folder)
+        self.model = read_manifest(beside).model if beside else model_config(shards.args, folder)
         if num_layers != self.model.num_layers:
             raise ValueError(f"{folder} holds {num_layers} layers, its config says {self.model.num_layers}")
         self.dtype = _dtype(self._stages[0].tensors[0], folder)
         self._rules = {name: rule for rule in weight_rules(self.model) for name in rule.hf}
+        self._newest: tuple[str, dict[str, Tensor]] = ("", {})
         self._check()
 
     @property
@@ -94,9 +89,11 @@ class LegacySource:
         return hf_shapes(self.model)
 
     def fetch(self, name: str) -> Tensor:
+        """q, k and v, and gate and up, are one weight here, which is kept for the others' turn."""
         rule = self._rules[name]
-        parts = dict(zip(rule.hf, rule.split(self._whole(rule)), strict=True))
-        return parts[name].contiguous()
+        if self._newest[0] != rule.megatron:
+            self._newest = rule.megatron, dict(zip(rule.hf, rule.split(self._whole(rule)), strict=True))
+        return self._newest[1][name].contiguous()
 
     @property
     def grid(self) -> dict[str, int]:
@@ -130,7 +127,7 @@ class LegacySource:
                 if left:
                     raise ValueError(f"{path} holds {left[0]}, which a model of this shape lacks")
 
-    def _place(self, name: str) -> tuple[_Stage, str]:
+    def _place(self, name: str) -> tuple[Stage, str]:
         """Of a weight by its name in the whole model: its stage, and what it is called there."""
         layer = re.match(r"decoder\.layers\.(\d+)\.", name)
         if layer is None:
@@ -182,52 +179,9 @@ def split_tp(name: str, whole: Tensor, tp_size: int, gated: bool) -> list[Tensor
     return list(whole.chunk(tp_size, dim=dim))
 
 
-def _shard_files(folder: Path) -> list[list[Path]]:
-    """[pipeline stage][tp rank] of the shard files. Raises naming the one that is missing."""
-    found: dict[tuple[int, int], Path] = {}
-    for path in folder.glob("mp_rank_*"):
-        numbers = re.fullmatch(r"mp_rank_(\d+)(?:_(\d+))?", path.name)
-        if numbers is None:
-            continue
-        file = next((path / name for name in SHARD_FILES if (path / name).is_file()), None)
-        if file is None:
-            raise FileNotFoundError(f"{path} holds no {' or '.join(SHARD_FILES)}")
-        found[int(numbers[2] or 0), int(numbers[1])] = file
-    num_stages, tp_size = (1 + max(key[i] for key in found) for i in (0, 1))
-    for stage in range(num_stages):
-        for rank in range(tp_size):
-            if (stage, rank) not in found:
-                raise FileNotFoundError(f"{folder} holds no shard of tp rank {rank}, pipeline stage {stage}")
-    return [[found[stage, rank] for rank in range(tp_size)] for stage in range(num_stages)]
-
-
-def _check_grid(args: Any, found: dict[str, int], folder: Path) -> None:
-    """Whole ranks may be missing: only the args know."""
-    values = vars(args) if isinstance(args, argparse.Namespace) else {}
-    names = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size"}
-    said = {axis: int(values.get(name) or found[axis]) for axis, name in names.items()}
-    if said != found:
-        here, there = (f"tp {grid['tp']}, pp {grid['pp']}" for grid in (found, said))
-        raise FileNotFoundError(f"{folder} holds the shards of {here}, its args say {there}; fetch it again")
-
-
-def _load(path: Path, trust_pickle: bool) -> dict[str, Any]:
-    """Mapped tensors and plain values. Raises ValueError naming the file."""
-    content = load_pickle(path, trust_pickle=trust_pickle)
-    if not isinstance(content, dict) or "model" not in content:
-        raise ValueError(f"{path} holds no 'model'; it is no Megatron checkpoint")
-    if content.get("checkpoint_version", 3.0) < 2:
-        raise ValueError(
-            f"{path}: checkpoint_version {content['checkpoint_version']} orders q, k and v otherwise; load "
-            "and save it once with Megatron"
-        )
-    return content
-
-
-def _tensors(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    if "model0" in content:
-        raise ValueError(f"{path} was written with virtual pipeline stages; save it once without them")
-    return {_our_name(name): value for name, value in _flat(content["model"]) if isinstance(value, Tensor)}
+def our_names(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a state dict, nested or flat, by whatever version of Megatron, under our names."""
+    return {_our_name(name): value for name, value in _flat(content) if isinstance(value, Tensor)}
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,14 +14,14 @@ logger = logging.getLogger(__name__)
 
 # What the model floor computes; another value means another model.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
-    "normalization": ("RMSNorm", "LayerNorm"),
+    "normalization": ("RMSNorm", "LayerNorm", "rmsnorm", "layernorm"),
     "position_embedding_type": ("rope", "learned_absolute"),
     "squared_relu": (False,),
     "openai_gelu": (False, True),
     "rotary_percent": (1.0,),
     "rotary_interleaved": (False,),
     "apply_layernorm_1p": (False,),
-    "num_experts": (None, 0),
+    "num_experts": (None, 0, [1]),
     "multi_latent_attention": (False,),
     "window_size": (None,),
     "transformer_impl": ("local", "transformer_engine"),
@@ -40,23 +40,26 @@ def model_config(args: Any, path: Path) -> ModelConfig:
     try:
         heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
         learned = values.get("position_embedding_type", "learned_absolute") == "learned_absolute"
-        gelu: Any = "gelu_tanh" if values.get("openai_gelu") else "gelu"
+        # Megatron's fused GELU is the one by tanh, whether asked for or not.
+        is_by_tanh = values.get("openai_gelu") or values.get("bias_gelu_fusion")
+        gelu: Any = "gelu_tanh" if is_by_tanh else "gelu"
         grouped = values.get("group_query_attention", False)
+        groups = values["num_query_groups"] if grouped else values.get("num_key_value_heads")  # DeepSpeed's
         return ModelConfig(
             num_layers=int(values["num_layers"]),
             hidden_size=hidden,
             ffn_hidden_size=int(values["ffn_hidden_size"]),
             num_attention_heads=heads,
-            num_query_groups=int(values["num_query_groups"]) if grouped else heads,
+            num_query_groups=int(groups or heads),
             head_dim=int(values.get("kv_channels") or hidden // heads),
             vocab_size=int(values.get("vocab_size") or values["padded_vocab_size"]),
             max_seq_len=int(values["max_position_embeddings"]),
             norm_epsilon=float(values.get("norm_epsilon") or values.get("layernorm_epsilon") or 1e-5),
-            rotary_base=float(values.get("rotary_base") or 10000.0),
+            rotary_base=float(values.get("rotary_base") or values.get("rope_theta") or 10000.0),
             rope_scaling=_scaling(values),
             qkv_bias=bool(values.get("add_qkv_bias", False)),
             qk_norm=bool(values.get("qk_layernorm", False)),
-            norm="layer" if values.get("normalization", "LayerNorm") == "LayerNorm" else "rms",
+            norm="layer" if values.get("normalization", "LayerNorm").lower() == "layernorm" else "rms",
             activation="silu" if values.get("swiglu") else gelu,
             gated=bool(values.get("swiglu", False)),
             linear_bias=bool(values.get("add_bias_linear", True)),
@@ -109,6 +112,7 @@ def make_args(
         normalization=NORMS[model.norm],
         swiglu=model.gated and model.activation == "silu",
         openai_gelu=model.activation == "gelu_tanh",
+        bias_gelu_fusion=model.activation == "gelu_tanh",
         add_bias_linear=model.linear_bias,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,

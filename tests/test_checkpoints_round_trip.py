@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from checkpoints_tools.convert import convert
-from checkpoints_tools.legacy_args import make_args
+from checkpoints_tools.hf import HfSource
+from checkpoints_tools.legacy_args import make_args, model_config
 from megatron_sps2.model.manifest import read_manifest
 from tests.families import save_family
 
@@ -147,6 +148,15 @@ def test_a_core_checkpoint_of_a_training_is_read_by_its_own_args(
     assert equal(folders[name], tmp_path / "hf")
     again = convert(tmp_path / "theirs", tmp_path / "again")
     assert again.rope_scaling == model.rope_scaling and again.qk_norm == model.qk_norm
+
+
+def test_megatrons_fused_gelu_is_the_one_by_tanh(folders: dict[str, Path]) -> None:
+    model = HfSource(folders["gpt2"]).model
+    args = make_args(model, "float32", 1, 1, padded=251)
+    args.openai_gelu = False  # as most trainings have it
+    assert model_config(args, Path()).activation == model.activation == "gelu_tanh"
+    args.bias_gelu_fusion = False
+    assert model_config(args, Path()).activation == "gelu"
 
 
 def test_args_that_do_not_fit_the_weights_are_named(folders: dict[str, Path], tmp_path: Path) -> None:

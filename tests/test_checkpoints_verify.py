@@ -56,6 +56,15 @@ def test_another_shape_is_a_difference_of_configs(models: Path, tmp_path: Path) 
     assert done.returncode == 1 and done.stdout.startswith("config: "), done.stdout
 
 
+def test_a_checkpoint_cut_otherwise_is_the_same_model(models: Path, tmp_path: Path) -> None:
+    done = sps2("reshard", models / "legacy", tmp_path / "whole", "--tp", 1, "--pp", 2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(sps2("inspect", tmp_path / "whole", "--json").stdout)["shards"] == {"tp": 1, "pp": 2}
+    assert sps2("verify", models / "core", tmp_path / "whole").returncode == 0
+    again = sps2("reshard", models / "legacy", tmp_path / "whole", "--tp", 2)
+    assert again.returncode == 2 and "--force" in again.stderr
+
+
 def test_what_cannot_be_read_is_a_mistake_of_the_user(models: Path, tmp_path: Path) -> None:
     done = sps2("verify", models / "core", tmp_path / "nowhere")
     assert done.returncode == 2 and "does not exist" in done.stderr and "Traceback" not in done.stderr

@@ -9,17 +9,28 @@ from megatron_sps2.config import CHECKPOINT_FORMATS, DTYPES
 
 
 def add_convert(commands: Commands, name: str) -> None:
-    parser = command(commands, name, "convert GGUF, Hugging Face and Megatron checkpoints into each other")
+    parser = command(commands, name, "convert GGUF, Hugging Face, Megatron and DeepSpeed checkpoints")
     parser.add_argument("source", metavar="SRC", help="a .gguf file, or a Hugging Face or Megatron folder")
     parser.add_argument("target", metavar="DST", help="the folder to write")
     parser.add_argument(
         "--to", choices=CHECKPOINT_FORMATS, default="megatron", help="what to write (default: %(default)s)"
     )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype to store (default: the source's)")
+    _add_cut(parser)
+
+
+def add_reshard(commands: Commands, name: str) -> None:
+    parser = command(commands, name, "cut a Megatron checkpoint for other tensor-parallel and pipeline sizes")
+    parser.add_argument("source", metavar="SRC", help="a checkpoint of Megatron or Megatron-DeepSpeed")
+    parser.add_argument("target", metavar="DST", help="the folder to write, as megatron-legacy")
+    _add_cut(parser)
+
+
+def _add_cut(parser: argparse.ArgumentParser) -> None:
     for flag, what in {"--tp": "tensor-parallel ranks", "--pp": "pipeline stages"}.items():
         help_text = f"{what} that a megatron-legacy checkpoint is cut for; the others load at any"
         parser.add_argument(flag, type=int, default=1, metavar="N", help=help_text)
     _add_trust(parser)
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype to store (default: the source's)")
     parser.add_argument("--force", action="store_true", help="replace the checkpoint that is at DST")
     finish(parser)
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import Progress
 
+from megatron_sps2.config import ModelConfig
+
 
 def run(args: argparse.Namespace) -> int:
     from checkpoints_tools.convert import convert
@@ -26,9 +28,13 @@ def run(args: argparse.Namespace) -> int:
             trust_pickle=args.trust_pickle,
             progress=show,
         )
-    shape = f"{model.num_layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}"
-    print(f"{args.target}: {shape}")
+    say(args.target, model)
     return 0
+
+
+def say(target: str, model: ModelConfig) -> None:
+    shape = f"{model.num_layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}"
+    print(f"{target}: {shape}")
 
 
 @contextmanager

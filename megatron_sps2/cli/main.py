@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": arguments.add_chat,
     "serve": serve_arguments.add_serve,
     "convert": checkpoint_arguments.add_convert,
+    "reshard": checkpoint_arguments.add_reshard,
     "verify": checkpoint_arguments.add_verify,
     "inspect": checkpoint_arguments.add_inspect,
     "doctor": arguments.add_doctor,
