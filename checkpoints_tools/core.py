@@ -157,5 +157,5 @@ def alone() -> Iterator[ProcessGroupCollection]:
 
 
 def _groups() -> ProcessGroupCollection:
-    world = dist.group.WORLD
-    return ProcessGroupCollection(tp=world, cp=world, pp=world, embd=None, dp_cp=world)
+    names = ("tp", "cp", "pp", "dp_cp", "tp_cp", "tp_dp_cp", "ep", "expt_tp", "expt_dp")
+    return ProcessGroupCollection(**dict.fromkeys(names, dist.group.WORLD), embd=None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class CoreReader:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """By the names in the files, in which all layers are one tensor."""
+        """By the names in the files, in which all layers are one tensor, and all experts."""
         return {name: tuple(each.size) for name, each in self._tensors().items()}
 
     def dtype(self, name: str) -> torch.dtype:
@@ -55,10 +56,9 @@ class CoreReader:
 
     def read(self, name: str) -> Tensor:
         """A weight by its name in the model, "decoder.layers.3..."."""
-        key, found, layer = self._find(name)
-        offsets, sizes = [0] * len(found.size), list(found.size)
-        if layer is not None:
-            offsets[0], sizes[0] = layer, 1
+        key, found, place = self._find(name)
+        offsets = [*place, *[0] * (len(found.size) - len(place))]
+        sizes = [*[1] * len(place), *found.size[len(place) :]]
         chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
         whole = torch.empty(sizes, dtype=found.properties.dtype)
         plan = LoadPlan(create_read_items_for_chunk_list(key, found, [chunk]))
@@ -66,28 +66,38 @@ class CoreReader:
             self._reader.read_data(plan, _Into(whole)).wait()
         except Exception as error:  # A damaged file can raise anything.
             raise ValueError(f"{self.path}: {name} cannot be read: {error!r}") from error
-        return whole if layer is None else whole[0]
+        return whole[(0,) * len(place)]
 
     def _tensors(self) -> dict[str, TensorStorageMetadata]:
         found = self._metadata.state_dict_metadata
         return {name: each for name, each in found.items() if isinstance(each, TensorStorageMetadata)}
 
-    def _find(self, name: str) -> tuple[str, TensorStorageMetadata, int | None]:
-        """The key in the files, what is known of it, and which of its layers `name` is; None: all of it."""
+    def _find(self, name: str) -> tuple[str, TensorStorageMetadata, tuple[int, ...]]:
+        """The key in the files, what is known of it, and where `name` lies in its first dimensions."""
         tensors = self._tensors()
         for ours, saved in _SAVED_AS:
             name = name.replace(ours, saved)
-        if name in tensors:
-            return name, tensors[name], None
-        layer = re.match(r"decoder\.layers\.(\d+)\.", name)
-        key = name.replace(f".{layer[1]}.", ".", 1) if layer else name
-        if layer is None or key not in tensors:
-            raise ValueError(f"{self.path} holds no {name}")
-        if int(layer[1]) >= tensors[key].size[0]:
-            raise ValueError(
-                f"{self.path} holds {tensors[key].size[0]} layers of {key}, not layer {layer[1]}"
-            )
-        return key, tensors[key], int(layer[1])
+        for key, place in _keys(name):
+            if key not in tensors:
+                continue
+            for index, size, what in zip(place, tensors[key].size, ("layer", "expert"), strict=False):
+                if index >= size:
+                    raise ValueError(f"{self.path} holds {size} {what}s of {key}, not {what} {index}")
+            return key, tensors[key], place
+        raise ValueError(f"{self.path} holds no {name}")
+
+
+def _keys(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What a weight may be called: by itself, or in one tensor of all layers, and in it of all experts."""
+    yield name, ()
+    layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+    if layer is None:
+        return
+    key = name.replace(f".{layer[1]}.", ".", 1)
+    yield key, (int(layer[1]),)
+    expert = re.search(r"\.local_experts\.(\d+)\.", key)
+    if expert is not None:
+        yield key.replace(expert[0], ".experts."), (int(layer[1]), int(expert[1]))
 
 
 class _Into(LoadPlanner):

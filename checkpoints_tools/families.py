@@ -24,6 +24,7 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     has_no_rope_layers: bool = False
+    has_experts: bool = False
     # Entries that transformers' config class fills in.
     defaults: Config = field(default_factory=dict)
 
@@ -33,8 +34,14 @@ FAMILIES = {
     "gpt2": Family(),
     "llama": Family(),
     "mistral": Family(),
+    "mixtral": Family(has_experts=True, defaults={"num_local_experts": 8, "num_experts_per_tok": 2}),
     "qwen2": Family(qkv_bias=True, defaults={"use_sliding_window": False}),
     "qwen3": Family(qk_norm=True, defaults={"use_sliding_window": False, "head_dim": 128}),
+    "qwen3_moe": Family(
+        qk_norm=True,
+        has_experts=True,
+        defaults={"use_sliding_window": False, "num_experts_per_tok": 8, "norm_topk_prob": False},
+    ),
     "smollm3": Family(
         has_no_rope_layers=True,
         defaults={
@@ -62,7 +69,7 @@ def model_config(config: Config, path: Path, generation: Config) -> ModelConfig:
         return ModelConfig(
             num_layers=int(config["num_hidden_layers"]),
             hidden_size=int(config["hidden_size"]),
-            ffn_hidden_size=int(config["intermediate_size"]),
+            **_mlp(config, path, family),
             num_attention_heads=heads,
             num_query_groups=int(config.get("num_key_value_heads") or heads),
             head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
@@ -87,8 +94,7 @@ def model_config(config: Config, path: Path, generation: Config) -> ModelConfig:
 REFUSED = {
     "gemma3_text": "its blocks end with norms, which Megatron's local layers have no place for",
     "gemma3": "it sees pictures, and its blocks end with norms",
-    "mixtral": "it is a mixture of experts",
-    "qwen3_moe": "it is a mixture of experts",
+    "qwen2_moe": "its MLPs are mixtures beside a dense one",
 }
 
 
@@ -203,6 +209,23 @@ def _no_rope_layers(config: Config) -> tuple[int, ...]:
     return tuple(layer for layer in range(count) if not turns[layer])
 
 
+def _mlp(config: Config, path: Path, family: Family) -> dict[str, Any]:
+    """The MLPs' size, and of mixtures how many experts there are."""
+    if not family.has_experts:
+        return {"ffn_hidden_size": int(config["intermediate_size"])}
+    _refuse(
+        path, {"decoder_sparse_step": (1,), "mlp_only_layers": ([],), "router_jitter_noise": (0, 0.0)}, config
+    )
+    is_mixtral = config["model_type"] == "mixtral"
+    return {
+        "ffn_hidden_size": int(config["intermediate_size" if is_mixtral else "moe_intermediate_size"]),
+        # transformers 5 writes num_local_experts for both.
+        "num_experts": int(config.get("num_local_experts") or config["num_experts"]),
+        "experts_per_token": int(config["num_experts_per_tok"]),
+        "normalize_experts": is_mixtral or bool(config["norm_topk_prob"]),
+    }
+
+
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
@@ -237,6 +260,17 @@ def hf_config(model: ModelConfig, dtype: DType) -> dict[str, Any]:
         "eos_token_id": list(model.eos_token_ids) or None,
         "torch_dtype": dtype,
     }
+    if model.num_experts:
+        config |= {
+            "num_local_experts": model.num_experts,
+            "num_experts_per_tok": model.experts_per_token,
+        }
+    if kind == "qwen3_moe":
+        config |= {
+            "num_experts": model.num_experts,
+            "moe_intermediate_size": model.ffn_hidden_size,
+            "norm_topk_prob": model.normalize_experts,
+        }
     if kind == "smollm3":
         turns = [int(layer not in model.no_rope_layers) for layer in range(model.num_layers)]
         config |= {"no_rope_layers": turns, "pad_token_id": None}
@@ -245,17 +279,20 @@ def hf_config(model: ModelConfig, dtype: DType) -> dict[str, Any]:
 
 def _kind(model: ModelConfig) -> tuple[str, str]:
     """model_type and transformers' class. Raises ValueError for a mixture that no family has."""
-    switches = model.qkv_bias, model.qk_norm, bool(model.no_rope_layers)
+    switches = model.qkv_bias, model.qk_norm, bool(model.no_rope_layers), bool(model.num_experts)
     kinds = {
-        (False, False, False): ("llama", "LlamaForCausalLM"),
-        (True, False, False): ("qwen2", "Qwen2ForCausalLM"),
-        (False, True, False): ("qwen3", "Qwen3ForCausalLM"),
-        (False, False, True): ("smollm3", "SmolLM3ForCausalLM"),
+        (False, False, False, False): ("llama", "LlamaForCausalLM"),
+        (True, False, False, False): ("qwen2", "Qwen2ForCausalLM"),
+        (False, True, False, False): ("qwen3", "Qwen3ForCausalLM"),
+        (False, False, True, False): ("smollm3", "SmolLM3ForCausalLM"),
+        (False, False, False, True): ("mixtral", "MixtralForCausalLM"),
+        (False, True, False, True): ("qwen3_moe", "Qwen3MoeForCausalLM"),
     }
     if switches not in kinds:
         raise ValueError(
-            f"no family has qkv_bias={model.qkv_bias}, qk_norm={model.qk_norm} and "
-            f"no_rope_layers={model.no_rope_layers} together; write a Megatron checkpoint instead"
+            f"no family has qkv_bias={model.qkv_bias}, qk_norm={model.qk_norm}, no_rope_layers="
+            f"{model.no_rope_layers} and num_experts={model.num_experts} together; write a Megatron "
+            "checkpoint instead"
         )
     return kinds[switches]
 

@@ -21,7 +21,14 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "rotary_percent": (1.0,),
     "rotary_interleaved": (False,),
     "apply_layernorm_1p": (False,),
-    "num_experts": (None, 0, [1]),
+    "moe_layer_freq": (1,),
+    "moe_grouped_gemm": (False,),
+    "moe_shared_expert_intermediate_size": (None,),
+    "moe_router_score_function": ("softmax",),
+    "moe_router_enable_expert_bias": (False,),
+    "moe_router_topk_scaling_factor": (None,),
+    "moe_router_num_groups": (None,),
+    "expert_model_parallel_size": (1,),
     "multi_latent_attention": (False,),
     "window_size": (None,),
     "transformer_impl": ("local", "transformer_engine"),
@@ -48,7 +55,7 @@ def model_config(args: Any, path: Path) -> ModelConfig:
         return ModelConfig(
             num_layers=int(values["num_layers"]),
             hidden_size=hidden,
-            ffn_hidden_size=int(values["ffn_hidden_size"]),
+            **_mlp(values),
             num_attention_heads=heads,
             num_query_groups=int(groups or heads),
             head_dim=int(values.get("kv_channels") or hidden // heads),
@@ -68,6 +75,18 @@ def model_config(args: Any, path: Path) -> ModelConfig:
         )
     except KeyError as error:
         raise ValueError(f"{path}: args has no {error.args[0]!r}, which names the model's shape") from None
+
+
+def _mlp(values: dict[str, Any]) -> dict[str, Any]:
+    """Megatron-DeepSpeed counts the experts of each layer, in a list."""
+    if values.get("num_experts") in (None, 0, [1]):
+        return {"ffn_hidden_size": int(values["ffn_hidden_size"])}
+    return {
+        "ffn_hidden_size": int(values.get("moe_ffn_hidden_size") or values["ffn_hidden_size"]),
+        "num_experts": int(values["num_experts"]),
+        "experts_per_token": int(values["moe_router_topk"]),
+        "normalize_experts": not values.get("moe_router_pre_softmax", False),
+    }
 
 
 def _scaling(values: dict[str, Any]) -> RopeScaling | None:
@@ -110,6 +129,12 @@ def make_args(
         seq_length=model.max_seq_len,
         norm_epsilon=model.norm_epsilon,
         normalization=NORMS[model.norm],
+        num_experts=model.num_experts or None,
+        moe_router_topk=model.experts_per_token or 2,
+        moe_router_pre_softmax=not model.normalize_experts,
+        moe_ffn_hidden_size=model.ffn_hidden_size if model.num_experts else None,
+        moe_grouped_gemm=False,
+        expert_model_parallel_size=1,
         swiglu=model.gated and model.activation == "silu",
         openai_gelu=model.activation == "gelu_tanh",
         bias_gelu_fusion=model.activation == "gelu_tanh",

@@ -97,6 +97,11 @@ class ModelConfig:
     no_rope_layers: tuple[int, ...] = ()  # layers, from 0, whose queries and keys are not turned (SmolLM3)
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # RMSNorm over each head's query and key, before they are turned (Qwen3)
+    # Mixtral and Qwen3-MoE: every MLP is a mixture of so many, of ffn_hidden_size each; 0: one dense MLP.
+    num_experts: int = 0
+    experts_per_token: int = 0
+    # True: the chosen experts' weights add up to 1; False: they are those of the softmax over all.
+    normalize_experts: bool = True
     # GPT-2 and GPT-3: all five together.
     norm: Literal["rms", "layer"] = "rms"
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
@@ -133,12 +138,29 @@ class ModelConfig:
                 "either RMSNorm, SiLU, gated, no biases and rotary positions (Llama), or LayerNorm, GELU, "
                 "not gated, biases and learned positions (GPT-2)"
             )
+        self._check_experts()
         if self.head_dim % 2 and not self.learned_positions:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions need an even head_dim")
         if any(not 0 <= layer < self.num_layers for layer in self.no_rope_layers):
             raise ValueError(
                 f"no_rope_layers={self.no_rope_layers} must lie between 0 and {self.num_layers - 1}"
             )
+
+    def _check_experts(self) -> None:
+        if not 0 <= self.experts_per_token <= self.num_experts or bool(self.experts_per_token) != bool(
+            self.num_experts
+        ):
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} must lie between 1 and num_experts="
+                f"{self.num_experts}, or both be 0"
+            )
+        if self.experts_per_token == 1 and self.normalize_experts:
+            raise ValueError(
+                "experts_per_token=1 with normalize_experts would give every expert the weight 1, which "
+                "Megatron's router refuses; set normalize_experts=False"
+            )
+        if self.num_experts and self.learned_positions:
+            raise ValueError(f"num_experts={self.num_experts} is not served with learned_positions")
 
     @property
     def queries_per_group(self) -> int:

@@ -64,9 +64,23 @@ FAMILY_MODELS = {
     "llama-linear": FamilyModel(model_type="llama", changes={"rope_parameters": LINEAR}),
     "llama-dynamic": FamilyModel(model_type="llama", changes={"rope_parameters": DYNAMIC}),
     "mistral": FamilyModel(model_type="mistral", changes={"sliding_window": None}),
+    "mixtral": FamilyModel(
+        model_type="mixtral",
+        changes={"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
     "qwen2": FamilyModel(model_type="qwen2", changes={"tie_word_embeddings": True}),
     "qwen2-yarn": FamilyModel(model_type="qwen2", changes={"rope_parameters": YARN}),
     "qwen3": FamilyModel(model_type="qwen3", changes={"head_dim": 16}),
+    "qwen3-moe": FamilyModel(
+        model_type="qwen3_moe",
+        changes={
+            "head_dim": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": False,
+        },
+    ),
     "smollm3": FamilyModel(model_type="smollm3", changes={"num_hidden_layers": 5}),
     "gpt2": FamilyModel(
         model_type="gpt2",

@@ -77,7 +77,12 @@ def test_tokenizer_files_are_carried_over_and_the_dtype_can_be_chosen(folder: Pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mixtral"}, "model_type='mixtral' is not supported: it is a mixture of experts"),
+        (
+            {"model_type": "qwen2_moe"},
+            "model_type='qwen2_moe' is not supported: its MLPs are mixtures beside",
+        ),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not supported"),
         ({"model_type": "gpt_neox"}, "model_type='gpt_neox' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),

@@ -18,7 +18,19 @@ from checkpoints_tools.legacy_args import make_args, model_config
 from megatron_sps2.model.manifest import read_manifest
 from tests.families import save_family
 
-FAMILIES = ("llama2", "llama-linear", "llama3", "qwen2", "qwen2-yarn", "qwen3", "smollm3", "smollm2", "gpt2")
+FAMILIES = (
+    "llama2",
+    "llama-linear",
+    "llama3",
+    "qwen2",
+    "qwen2-yarn",
+    "qwen3",
+    "smollm3",
+    "smollm2",
+    "gpt2",
+    "mixtral",
+    "qwen3-moe",
+)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -169,7 +181,8 @@ def test_args_that_do_not_fit_the_weights_are_named(folders: dict[str, Path], tm
         ({"normalization": "LayerNorm"}, "are not served together"),
         ({"num_layers": 3}, "holds 2 layers of .*, not layer 2"),
         ({"qk_layernorm": True}, r"holds no decoder\.layers\.0\.self_attention\.q_layernorm\.weight"),
-        ({"num_experts": 8}, r"args\.num_experts=8 is not supported"),
+        ({"num_experts": 8}, r"holds no decoder\.layers\.0\.mlp\.router\.weight"),
+        ({"moe_grouped_gemm": True}, r"args\.moe_grouped_gemm=True is not supported"),
     ):
         args = make_args(model, "float32", 1, 1, padded=251)
         vars(args).update(change)

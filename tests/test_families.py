@@ -120,6 +120,8 @@ def test_a_window_counts_only_where_it_is_used() -> None:
         ("llama-linear", {"rope_scaling": None}),
         ("qwen2-yarn", {"rope_scaling": None}),
         ("smollm3", {"no_rope_layers": []}),
+        ("mixtral", {"normalize_experts": False}),
+        ("qwen3-moe", {"experts_per_token": 2}),
     ],
 )
 def test_control_without_what_makes_the_family_logits_are_wrong(

@@ -66,8 +66,8 @@ def _check_megatron(groups: ParallelGroups) -> None:
         for name in ("tp", "mp", "tp_cp", "cp", "pp", "dp", "dp_cp", "ep", "expt_tp", "embd")
     }
     me = (dist.get_rank(),)
-    assert members["tp"] == members["mp"] == members["tp_cp"] == groups.tp.ranks
-    assert members["cp"] == members["pp"] == members["ep"] == members["expt_tp"] == members["embd"] == me
+    assert members["tp"] == members["mp"] == members["tp_cp"] == members["expt_tp"] == groups.tp.ranks
+    assert members["cp"] == members["pp"] == members["ep"] == members["embd"] == me
     assert members["dp"] == members["dp_cp"] == groups.replicas.ranks
 
 

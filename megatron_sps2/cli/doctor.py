@@ -67,9 +67,10 @@ def num_weights(model: ModelConfig, tp_size: int, output_copy: bool) -> int:
     """Elements that one tp rank keeps; `output_copy`: the output layer has a matrix of its own."""
     hidden, ffn = model.hidden_size, (1 + model.gated) * model.ffn_hidden_size
     q_size, kv_size = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
-    shared = (2 * q_size + 2 * kv_size + ffn + model.ffn_hidden_size) * hidden
+    mlp = (ffn + model.ffn_hidden_size) * hidden * (model.num_experts or 1)
+    shared = (2 * q_size + 2 * kv_size) * hidden + mlp
     shared += (q_size + 2 * kv_size) * (model.qkv_bias or model.linear_bias) + ffn * model.linear_bias
-    whole = 2 * hidden * model.linear_bias + 2 * model.head_dim * model.qk_norm
+    whole = hidden * (2 * model.linear_bias + model.num_experts) + 2 * model.head_dim * model.qk_norm
     norm = hidden * (1 + (model.norm == "layer"))
     rows = -(-model.vocab_size // tp_size)  # the vocabulary is padded to a multiple of tp_size
     embeddings = (1 + output_copy) * rows * hidden + model.max_seq_len * hidden * model.learned_positions

@@ -45,7 +45,11 @@ class GptForward:
         if self._tp.axis.size > 1:
             self.gpt.embedding.word_embeddings.register_forward_hook(self._book("tp_embedding"))
             for layer in self.gpt.decoder.layers:
-                for reducing in (layer.self_attention.linear_proj, layer.mlp.linear_fc2):
+                # A mixture adds up its experts before it reduces.
+                for reducing in (
+                    layer.self_attention.linear_proj,
+                    getattr(layer.mlp, "linear_fc2", layer.mlp),
+                ):
                     reducing.register_forward_hook(self._book("tp_all_reduce"))
 
     def _book(self, name: str) -> Callable[..., None]:

@@ -22,6 +22,7 @@ from torch import nn
 
 from megatron_sps2.config import ModelConfig
 from megatron_sps2.model.linear import CpuColumnParallelLinear, CpuRowParallelLinear
+from megatron_sps2.model.moe import moe_layer
 
 NORMS = {"rms": "RMSNorm", "layer": "LayerNorm"}
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
@@ -29,7 +30,17 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.
 
 def transformer_config(model: ModelConfig, tp_size: int, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's config for inference: no dropout, no fusion that needs CUDA, no weights drawn."""
+    experts = {}
+    if model.num_experts:
+        experts = {
+            "num_moe_experts": model.num_experts,
+            "moe_router_topk": model.experts_per_token,
+            "moe_router_pre_softmax": not model.normalize_experts,
+            "moe_router_load_balancing_type": "none",
+            "moe_ffn_hidden_size": model.ffn_hidden_size,
+        }
     return TransformerConfig(
+        **experts,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -84,7 +95,12 @@ def _apex_norm(norm: type[nn.Module], config: TransformerConfig, hidden_size: in
     return norm(hidden_size, eps=eps)
 
 
-def layer_spec(model: ModelConfig, core_attention: CoreAttentionBuilder, device: torch.device) -> ModuleSpec:
+def layer_spec(
+    model: ModelConfig,
+    pg_collection: ProcessGroupCollection,
+    core_attention: CoreAttentionBuilder,
+    device: torch.device,
+) -> ModuleSpec:
     """Megatron's local layer spec with `core_attention` in its slot, and on CPU our linears in theirs."""
     spec = get_gpt_layer_local_spec(normalization=NORMS[model.norm], qk_layernorm=model.qk_norm)
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
@@ -95,6 +111,8 @@ def layer_spec(model: ModelConfig, core_attention: CoreAttentionBuilder, device:
     if device.type == "cpu":
         attention.linear_qkv = mlp.linear_fc1 = CpuColumnParallelLinear
         attention.linear_proj = mlp.linear_fc2 = CpuRowParallelLinear
+    if model.num_experts:
+        spec.submodules.mlp = moe_layer(mlp, pg_collection)
     return spec
 
 
@@ -112,7 +130,8 @@ def build_gpt(
     tp_size = pg_collection.tp.size()
     config = transformer_config(model, tp_size, dtype)
     layers = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(model, core_attention, torch.device(device))] * model.num_layers,
+        layer_specs=[layer_spec(model, pg_collection, core_attention, torch.device(device))]
+        * model.num_layers,
         layer_norm=norm_builder(model.norm),
     )
     gpt = GPTModel(

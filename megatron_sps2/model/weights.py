@@ -19,6 +19,9 @@ Fetch = Callable[[str], Tensor]
 EMBEDDING = "embedding.word_embeddings.weight"
 POSITIONS = "embedding.position_embeddings.weight"
 OUTPUT = "output_layer.weight"
+# What gate, up and down are called, in Mixtral and in all others.
+MIXTRAL = ("w1", "w3", "w2")
+LLAMA = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ def weight_rules(model: ModelConfig) -> Iterator[WeightRule]:
 
 
 def _layer_rules(model: ModelConfig, ours: str, hf: str) -> Iterator[WeightRule]:
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    hidden = model.hidden_size
     q_size, kv_size = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
     yield _same(f"{ours}.input_layernorm.weight", f"{hf}.input_layernorm.weight", (hidden,))
     parts: dict[str, tuple[int, ...]] = {"weight": (hidden,), **({"bias": ()} if model.qkv_bias else {})}
@@ -100,15 +103,29 @@ def _layer_rules(model: ModelConfig, ours: str, hf: str) -> Iterator[WeightRule]
         f"{ours}.self_attention.linear_proj.weight", f"{hf}.self_attn.o_proj.weight", (hidden, q_size)
     )
     yield _same(f"{ours}.pre_mlp_layernorm.weight", f"{hf}.post_attention_layernorm.weight", (hidden,))
+    if not model.num_experts:
+        yield from _mlp_rules(model, f"{ours}.mlp", f"{hf}.mlp", LLAMA)
+        return
+    block, names = ("mlp", LLAMA) if model.qk_norm else ("block_sparse_moe", MIXTRAL)
+    yield _same(f"{ours}.mlp.router.weight", f"{hf}.{block}.gate.weight", (model.num_experts, hidden))
+    for index in range(model.num_experts):
+        expert = f"{ours}.mlp.experts.local_experts.{index}"
+        yield from _mlp_rules(model, expert, f"{hf}.{block}.experts.{index}", names)
+
+
+def _mlp_rules(model: ModelConfig, ours: str, hf: str, names: tuple[str, str, str]) -> Iterator[WeightRule]:
+    """A gated MLP, whose gate, up and down are called `names`."""
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    gate, up, down = (f"{hf}.{name}.weight" for name in names)
     yield WeightRule(
-        f"{ours}.mlp.linear_fc1.weight",
+        f"{ours}.linear_fc1.weight",
         (2 * ffn, hidden),
-        (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight"),
+        (gate, up),
         ((ffn, hidden), (ffn, hidden)),
         join_gate_up,
         split_gate_up,
     )
-    yield _same(f"{ours}.mlp.linear_fc2.weight", f"{hf}.mlp.down_proj.weight", (hidden, ffn))
+    yield _same(f"{ours}.linear_fc2.weight", down, (hidden, ffn))
 
 
 def _gpt2_rules(model: ModelConfig) -> Iterator[WeightRule]:

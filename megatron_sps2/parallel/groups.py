@@ -104,13 +104,16 @@ class ParallelGroups:
         )
 
     def to_megatron(self) -> ProcessGroupCollection:
-        """Megatron's view: tp and replicas; cp and pp are singletons, so it never splits a sequence."""
+        """Megatron's view: tp and replicas; cp and pp are singletons, so it never splits a sequence.
+
+        Experts are cut over tp like any MLP and never spread over ranks.
+        """
         from megatron.core.process_groups_config import ProcessGroupCollection
 
         tp, alone, replicas = self.tp.group, self.alone.group, self.replicas.group
         return ProcessGroupCollection(
-            **dict.fromkeys(("tp", "mp", "tp_cp"), tp),
-            **dict.fromkeys(("cp", "pp", "embd", "pos_embd", "ep", "expt_tp", "tp_ep"), alone),
+            **dict.fromkeys(("tp", "mp", "tp_cp", "expt_tp"), tp),
+            **dict.fromkeys(("cp", "pp", "embd", "pos_embd", "ep", "tp_ep", "tp_dp_cp"), alone),
             **dict.fromkeys(("dp", "dp_cp", "expt_dp", "intra_dp_cp"), replicas),
         )
 
