@@ -27,14 +27,19 @@ class Family:
     has_experts: bool = False
     # Entries that transformers' config class fills in.
     defaults: Config = field(default_factory=dict)
+    # Weights that the files hold as one: its name -> those of its parts, from the first row on.
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-# By model_type. Yi and SmolLM2 call themselves llama.
+# By model_type. Yi and SmolLM2 call themselves llama, Phi-4 phi3.
 FAMILIES = {
     "gpt2": Family(),
     "llama": Family(),
     "mistral": Family(),
     "mixtral": Family(has_experts=True, defaults={"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "phi3": Family(
+        fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    ),
     "qwen2": Family(qkv_bias=True, defaults={"use_sliding_window": False}),
     "qwen3": Family(qk_norm=True, defaults={"use_sliding_window": False, "head_dim": 128}),
     "qwen3_moe": Family(
@@ -151,6 +156,8 @@ def _positions(config: Config, path: Path) -> tuple[float, RopeScaling | None, i
     )
     _refuse(path, {"partial_rotary_factor": (1, 1.0)}, {**config, **rope})
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("long_factor"):  # Phi-3's first configs call longrope su or yarn
+        kind = "longrope"
     if kind == "default":
         return base, None, longest
     if kind == "dynamic":
@@ -235,7 +242,7 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
 def hf_config(model: ModelConfig, dtype: DType) -> dict[str, Any]:
     """config.json of a model, as the family that computes the same: model_config's inverse.
 
-    A Mistral or Yi model comes back as the Llama that it is.
+    A Mistral, Yi or Phi-3 model comes back as the Llama that it is.
     """
     if model.learned_positions:
         return gpt2.gpt2_config(model, dtype)

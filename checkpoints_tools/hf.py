@@ -12,10 +12,11 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from checkpoints_tools.families import model_config
-from checkpoints_tools.hf_files import open_file
+from checkpoints_tools.families import FAMILIES, model_config
+from checkpoints_tools.hf_files import FusedFile, WeightFile, open_file
 from checkpoints_tools.tokenizer_files import copy_tokenizer
 from megatron_sps2.config import DTYPES, DType
+from megatron_sps2.model.weights import hf_shapes
 
 INDEX = "model.safetensors.index.json"
 INDEXES = (INDEX, "pytorch_model.bin.index.json")
@@ -51,8 +52,10 @@ class HfSource:
         if named not in DTYPES:
             raise ValueError(f"{folder / 'config.json'}: dtype={named!r} is not one of {', '.join(DTYPES)}")
         self.dtype = cast(DType, named)
-        self._files = [open_file(path, trust_pickle) for path in _weight_files(folder)]
-        self._places = {_full_name(name): (file, name) for file in self._files for name in file.shapes}
+        files: list[WeightFile] = [open_file(path, trust_pickle) for path in _weight_files(folder)]
+        if fused := FAMILIES[config["model_type"]].fused:
+            files = [FusedFile(file, fused, hf_shapes(self.model)) for file in files]
+        self._places = {_full_name(name): (file, name) for file in files for name in file.shapes}
         self._shapes = {
             name: file.shapes[theirs]
             for name, (file, theirs) in self._places.items()
