@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoints_tools.families import hf_config
 from checkpoints_tools.hf import INDEX
+from checkpoints_tools.hf_config import hf_config
 from checkpoints_tools.source import Source
 from checkpoints_tools.target import Progress, whole_folder
 from megatron_sps2.config import DType

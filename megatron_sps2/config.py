@@ -95,6 +95,10 @@ class ModelConfig:
     rotary_base: float = 10000.0
     rope_scaling: RopeScaling | None = None
     no_rope_layers: tuple[int, ...] = ()  # layers, from 0, whose queries and keys are not turned (SmolLM3)
+    # Layers, from 0, whose tokens see only the last `window` tokens, themselves included (Mistral, Gemma 3).
+    window: int | None = None
+    window_layers: tuple[int, ...] = ()
+    window_rotary_base: float | None = None  # of those layers, without scaling; None: as all others (Gemma 3)
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # RMSNorm over each head's query and key, before they are turned (Qwen3)
     # Mixtral and Qwen3-MoE: every MLP is a mixture of so many, of ffn_hidden_size each; 0: one dense MLP.
@@ -102,6 +106,10 @@ class ModelConfig:
     experts_per_token: int = 0
     # True: the chosen experts' weights add up to 1; False: they are those of the softmax over all.
     normalize_experts: bool = True
+    # Gemma 3, with gelu_tanh: norms after attention and MLP too, all norms' weights stored less 1, embeddings
+    # times sqrt(hidden_size).
+    is_gemma: bool = False
+    attention_scalar: float | None = None  # logits are divided by its square root; None: head_dim
     # GPT-2 and GPT-3: all five together.
     norm: Literal["rms", "layer"] = "rms"
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
@@ -130,15 +138,19 @@ class ModelConfig:
             )
         _require_choice("norm", self.norm, ("rms", "layer"))
         _require_choice("activation", self.activation, ("silu", "gelu", "gelu_tanh"))
-        gpt2 = (self.norm == "layer", self.activation != "silu", not self.gated, self.linear_bias)
-        if any(each != self.learned_positions for each in gpt2):
+        gpt2 = (self.norm == "layer", not self.gated, self.linear_bias)
+        is_gelu = self.activation != "silu"
+        if any(each != self.learned_positions for each in gpt2) or is_gelu != (
+            self.learned_positions or self.is_gemma
+        ):
             raise ValueError(
                 f"norm={self.norm!r}, activation={self.activation!r}, gated={self.gated}, linear_bias="
                 f"{self.linear_bias} and learned_positions={self.learned_positions} are not served together: "
-                "either RMSNorm, SiLU, gated, no biases and rotary positions (Llama), or LayerNorm, GELU, "
-                "not gated, biases and learned positions (GPT-2)"
+                "either RMSNorm, SiLU, gated, no biases and rotary positions (Llama; Gemma has GELU), or "
+                "LayerNorm, GELU, not gated, biases and learned positions (GPT-2)"
             )
         self._check_experts()
+        self._check_windows()
         if self.head_dim % 2 and not self.learned_positions:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions need an even head_dim")
         if any(not 0 <= layer < self.num_layers for layer in self.no_rope_layers):
@@ -162,6 +174,20 @@ class ModelConfig:
         if self.num_experts and self.learned_positions:
             raise ValueError(f"num_experts={self.num_experts} is not served with learned_positions")
 
+    def _check_windows(self) -> None:
+        if (self.window is None) != (not self.window_layers) or (self.window is not None and self.window < 1):
+            raise ValueError(
+                f"window={self.window} and window_layers={self.window_layers} must both be given, or neither;"
+                " a window holds at least 1 token"
+            )
+        if any(not 0 <= layer < self.num_layers for layer in self.window_layers):
+            raise ValueError(
+                f"window_layers={self.window_layers} must lie between 0 and {self.num_layers - 1}"
+            )
+        for name in ("window_rotary_base", "attention_scalar"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be above 0")
+
     @property
     def queries_per_group(self) -> int:
         """Query heads that share one KV head."""
@@ -171,7 +197,7 @@ class ModelConfig:
     def softmax_scale(self) -> float:
         """What logits are multiplied with; yarn's factor belongs to queries and keys alike."""
         stretch = self.rope_scaling.attention_factor if self.rope_scaling else 1.0
-        return self.head_dim**-0.5 * stretch**2
+        return (self.attention_scalar or self.head_dim) ** -0.5 * stretch**2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,21 @@ FAMILY_MODELS = {
     "llama-linear": FamilyModel(model_type="llama", changes={"rope_parameters": LINEAR}),
     "llama-dynamic": FamilyModel(model_type="llama", changes={"rope_parameters": DYNAMIC}),
     "mistral": FamilyModel(model_type="mistral", changes={"sliding_window": None}),
+    "mistral-window": FamilyModel(model_type="mistral", changes={"sliding_window": 130}),
+    "gemma3": FamilyModel(
+        model_type="gemma3_text",
+        changes={
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 70,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+        },
+    ),
     "mixtral": FamilyModel(
         model_type="mixtral",
         changes={"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
@@ -72,6 +87,10 @@ FAMILY_MODELS = {
     "qwen2": FamilyModel(model_type="qwen2", changes={"tie_word_embeddings": True}),
     "qwen2-yarn": FamilyModel(model_type="qwen2", changes={"rope_parameters": YARN}),
     "qwen3": FamilyModel(model_type="qwen3", changes={"head_dim": 16}),
+    "qwen3-window": FamilyModel(
+        model_type="qwen3",
+        changes={"head_dim": 16, "use_sliding_window": True, "sliding_window": 50, "max_window_layers": 1},
+    ),
     "qwen3-moe": FamilyModel(
         model_type="qwen3_moe",
         changes={
@@ -97,10 +116,12 @@ FAMILY_MODELS = {
 }
 
 
-def save_family(name: str, folder: Path) -> PreTrainedModel:
+def save_family(name: str, folder: Path, **changes: Any) -> PreTrainedModel:
     """Writes the random model as a Hugging Face folder and returns it in eval mode."""
     torch.manual_seed(sum(map(ord, name)))
-    hf = AutoModelForCausalLM.from_config(FAMILY_MODELS[name].config(), dtype=torch.float32).eval()
+    family = FAMILY_MODELS[name]
+    config = replace(family, changes={**family.changes, **changes}).config()
+    hf = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for weight_name, weight in hf.named_parameters():
         if ("norm" in weight_name or ".ln_" in weight_name) and weight_name.endswith("weight"):
             nn.init.uniform_(weight, 0.5, 1.5)  # all ones would hide swapped norms

@@ -109,8 +109,14 @@ def test_the_doctor_counts_every_weight(name: str) -> None:
 def test_a_window_counts_only_where_it_is_used() -> None:
     config = json.loads(FAMILY_MODELS["qwen2"].config().to_json_string(use_diff=False))
     assert model_config({**config, "sliding_window": 64}, Path("c"), {}).max_seq_len == 1024
-    with pytest.raises(ValueError, match="sliding_window=64 is not supported"):
-        model_config({**config, "sliding_window": 64, "use_sliding_window": True}, Path("c"), {})
+    assert model_config({**config, "sliding_window": 64}, Path("c"), {}).window is None
+    used = {**config, "sliding_window": 64, "use_sliding_window": True, "layer_types": None}
+    assert model_config({**used, "max_window_layers": 1}, Path("c"), {}).window_layers == (1,)
+    assert model_config(used, Path("c"), {}).window is None  # from layer 28 on: there is none
+    with pytest.raises(ValueError, match="sliding_window=64 is not supported: a llama model must say"):
+        model_config({**used, "model_type": "llama"}, Path("c"), {})
+    with pytest.raises(ValueError, match="layer_types has 'chunked_attention'"):
+        model_config({**used, "layer_types": ["chunked_attention"] * 2}, Path("c"), {})
 
 
 @pytest.mark.parametrize(
@@ -121,6 +127,10 @@ def test_a_window_counts_only_where_it_is_used() -> None:
         ("qwen2-yarn", {"rope_scaling": None}),
         ("smollm3", {"no_rope_layers": []}),
         ("mixtral", {"normalize_experts": False}),
+        ("mistral-window", {"window": 129}),
+        ("gemma3", {"window_rotary_base": None}),
+        ("gemma3", {"attention_scalar": None}),
+        ("gemma3", {"window": None, "window_layers": []}),
         ("qwen3-moe", {"experts_per_token": 2}),
     ],
 )

@@ -19,6 +19,7 @@ from megatron_sps2.attention.dilated import dilated
 from megatron_sps2.attention.kv_cache import KVCache, SlotRun
 from megatron_sps2.attention.prefill import STRATEGIES, PrefillShape
 from megatron_sps2.attention.strategy import lay_out
+from megatron_sps2.attention.window import NO_WINDOWS, WindowPlan, Windows
 from megatron_sps2.csa_setting import CsaSetting
 from megatron_sps2.ops.dilated import dilated_pairs, paper_levels
 from megatron_sps2.parallel.collectives import Wire
@@ -90,10 +91,13 @@ class PrefillStep:
     home: int | None = None
     unit: int = 1
     turn: int = 0  # by how many ranks the layout is turned
+    windows: Windows = NO_WINDOWS
     layout: TokenLayout = field(init=False)
     csa: CsaRun | None = field(init=False, default=None)
     _past: list[SlotRun] = field(init=False)
+    _near: list[SlotRun] = field(init=False)  # of the past, within the window
     _new: list[SlotRun] = field(init=False)
+    _window: WindowPlan = field(init=False)
 
     def __post_init__(self) -> None:
         axis, cache = self.wire.axis, self.cache
@@ -107,7 +111,8 @@ class PrefillStep:
             turn=self.turn,
         )
         self._past = cache.runs(self.request_id, 0, cache.num_tokens(self.request_id))
-        self._new = cache.extend(self.request_id, self.layout.tokens_per_rank[axis.rank])
+        positions = self._plan_window() if self.windows.layers else ()
+        self._new = cache.extend(self.request_id, self.layout.tokens_per_rank[axis.rank], positions)
         if self.setting is not None and self.strategy in ("csa", "dilated"):
             self.csa = CsaRun(
                 plan=CsaPlan(self.setting, self.num_tokens, axis.size),
@@ -121,6 +126,8 @@ class PrefillStep:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [s/P, 1, n, d], k and v [s/P, 1, n_kv, d] -> [s/P, 1, n, d]; K and V stay in this shard."""
         self.cache.write(layer, self._new, k[:, 0], v[:, 0])
+        if layer in self.windows.layers:
+            return self._window.attend(q, k, v, self.cache.read(layer, self._near))
         if self.csa is not None:
             attend = csa if self.strategy == "csa" else self._attend_dilated
             return attend(q, k, v, self.csa, layer)
@@ -132,6 +139,21 @@ class PrefillStep:
             past=self.cache.read(layer, self._past) if self.num_past else None,
         )
         return STRATEGIES[self.strategy](q, k, v, shape)
+
+    def _plan_window(self) -> list[int]:
+        """Positions of this rank's new tokens."""
+        self._near, positions = self.cache.runs_after(self.request_id, self.num_past - self.windows.size)
+        self._window = WindowPlan(
+            layout=self.layout,
+            wire=self.wire,
+            window=self.windows.size,
+            scale=self.scale,
+            start=self.num_past,
+            spread=self.home is None,
+            device=self.cache.device,
+            past_positions=positions.to(self.cache.device),
+        )
+        return [self.num_past + place for place in self.layout.positions(self.wire.axis.rank)]
 
     def _attend_dilated(self, q: Tensor, k: Tensor, v: Tensor, run: CsaRun, layer: int) -> Tensor:
         """The paper's own variant; nothing probes, so its kept mass is not known."""

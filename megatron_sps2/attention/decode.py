@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_sps2.attention.kv_cache import KVCache, SlotRun
+from megatron_sps2.attention.window import NO_WINDOWS, Windows
 from megatron_sps2.ops.attend import attend
 from megatron_sps2.ops.merge import merge
 from megatron_sps2.parallel.collectives import Wire, gather_tokens, return_partials, route_rows
@@ -25,6 +26,7 @@ class DecodeRow:
     kv_rank: int
     # False: all of the request's KV, this token's too, lies on `home`, and nothing travels.
     spread: bool = True
+    position: int = 0  # of the token; read where layers have windows
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,6 +41,7 @@ class DecodeStep:
     wire: Wire
     rows: list[DecodeRow]
     scale: float
+    windows: Windows = NO_WINDOWS
     _local: _Rows = field(init=False)
     _spread: _Rows = field(init=False)
 
@@ -48,9 +51,9 @@ class DecodeStep:
         me = self.wire.axis.rank
         local = [row for row in self.rows if not row.spread and row.home == me]
         assert all(row.kv_rank == me for row in local), "a local row keeps its KV at home"
-        self._local = _Rows.make_room(self.cache, local, me)
+        self._local = _Rows.make_room(self.cache, local, me, self.windows)
         # Rows kept here arrive sorted by home rank, which is the order of `rows`.
-        self._spread = _Rows.make_room(self.cache, [row for row in self.rows if row.spread], me)
+        self._spread = _Rows.make_room(self.cache, [row for row in self.rows if row.spread], me, self.windows)
 
     @property
     def home_counts(self) -> list[int]:
@@ -92,9 +95,10 @@ class DecodeStep:
 
     def _attend_shards(self, layer: int, queries: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
         """[b, n, d] -> this rank's part: out [b, n, d], lse [b, n] fp32; row by row, as shards are ragged."""
+        shards = rows.near if layer in self.windows.layers else rows.shards
         out = torch.zeros_like(queries)
         lse = queries.new_full(queries.shape[:2], float("-inf"), dtype=torch.float32)
-        for i, runs in enumerate(rows.shards):
+        for i, runs in enumerate(shards):
             if not runs:
                 continue
             k, v = self.cache.read(layer, runs)
@@ -110,12 +114,22 @@ class _Rows:
     rows: list[DecodeRow]
     kept: list[SlotRun]
     shards: list[list[SlotRun]]
+    near: list[list[SlotRun]]  # within the window
 
     @classmethod
-    def make_room(cls, cache: KVCache, rows: list[DecodeRow], me: int) -> _Rows:
-        kept = [run for row in rows if row.kv_rank == me for run in cache.extend(row.request_id, 1)]
+    def make_room(cls, cache: KVCache, rows: list[DecodeRow], me: int, windows: Windows) -> _Rows:
+        mine = [row for row in rows if row.kv_rank == me]
+        kept = [
+            run
+            for row in mine
+            for run in cache.extend(row.request_id, 1, [row.position] if windows.layers else ())
+        ]
         shards = [cache.runs(row.request_id, 0, cache.num_tokens(row.request_id)) for row in rows]
-        return cls(rows, kept, shards)
+        near = [
+            cache.runs_after(row.request_id, row.position - windows.size)[0] if windows.layers else []
+            for row in rows
+        ]
+        return cls(rows, kept, shards, near)
 
 
 def _count_homes(rows: list[DecodeRow], num_ranks: int) -> list[int]:

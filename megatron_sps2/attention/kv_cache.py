@@ -6,6 +6,7 @@ rank 0; here a write that would pass the granted blocks is refused before anythi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +32,7 @@ class _Swapped:
 
     layers: list[tuple[Tensor, Tensor]]
     num_tokens: int
+    positions: Tensor
 
 
 @dataclass(slots=True)
@@ -39,6 +41,8 @@ class BlockTable:
 
     blocks: list[int] = field(default_factory=list)
     num_tokens: int = 0
+    # Where the tokens are in the whole sequence, rising; kept only where layers see a window of it.
+    positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 class KVCache:
@@ -87,6 +91,10 @@ class KVCache:
         return self._keys[0].element_size()
 
     @property
+    def device(self) -> torch.device:
+        return self._keys[0].device
+
+    @property
     def bytes_per_token(self) -> int:
         """K and V of one token over all layers on this rank."""
         num_kv_heads, _, head_dim = self._keys[0].shape
@@ -101,8 +109,10 @@ class KVCache:
         self.grant(request_id, blocks)
         self._tables[request_id].num_tokens += len(blocks) * self.config.block_size
 
-    def extend(self, request_id: int, num_tokens: int) -> list[SlotRun]:
-        """Room for `num_tokens` more tokens of the request, for all layers at once.
+    def extend(
+        self, request_id: int, num_tokens: int, positions: Sequence[int] | Tensor = ()
+    ) -> list[SlotRun]:
+        """Room for `num_tokens` more tokens of the request, for all layers at once; `positions`: theirs.
 
         Raises KVCacheFull, and changes nothing, when the granted blocks do not suffice.
         """
@@ -114,6 +124,8 @@ class KVCache:
                 f"{len(table.blocks)} blocks of {self.config.block_size}"
             )
         table.num_tokens = last
+        if len(positions):
+            table.positions = torch.cat([table.positions, torch.as_tensor(positions)])
         return self.runs(request_id, first, last)
 
     def runs(self, request_id: int, start: int, stop: int) -> list[SlotRun]:
@@ -129,6 +141,13 @@ class KVCache:
                 found.append(SlotRun(slot, slot + count))
             start += count
         return found
+
+    def runs_after(self, request_id: int, position: int) -> tuple[list[SlotRun], Tensor]:
+        """Where the request's tokens behind `position` lie in this shard, and their positions."""
+        table = self._tables.get(request_id, BlockTable())
+        assert len(table.positions) == table.num_tokens, f"positions of request {request_id} were not kept"
+        first = int(torch.searchsorted(table.positions, position, right=True))
+        return self.runs(request_id, first, table.num_tokens), table.positions[first:]
 
     def write(self, layer: int, runs: list[SlotRun], k: Tensor, v: Tensor) -> None:
         """k, v [s, n_kv, d] into the slots of `runs`, which together are s long."""
@@ -155,13 +174,13 @@ class KVCache:
         runs = self.runs(request_id, 0, table.num_tokens)
         layers = [tuple(_to_host(x[:, 0]) for x in self.read(i, runs)) for i in range(self.num_layers)]
         del self._tables[request_id]
-        self._swapped[request_id] = _Swapped(layers, table.num_tokens)  # type: ignore[arg-type]
+        self._swapped[request_id] = _Swapped(layers, table.num_tokens, table.positions)  # type: ignore[arg-type]
 
     def swap_in(self, request_id: int, blocks: list[int]) -> None:
         """Brings back what swap_out took, into `blocks`."""
         swapped = self._swapped.pop(request_id)
         self.grant(request_id, blocks)
-        runs = self.extend(request_id, swapped.num_tokens)
+        runs = self.extend(request_id, swapped.num_tokens, swapped.positions)
         for layer, (k, v) in enumerate(swapped.layers):
             device = self._keys[layer].device
             self.write(layer, runs, k.to(device), v.to(device))

@@ -74,7 +74,8 @@ def num_weights(model: ModelConfig, tp_size: int, output_copy: bool) -> int:
     norm = hidden * (1 + (model.norm == "layer"))
     rows = -(-model.vocab_size // tp_size)  # the vocabulary is padded to a multiple of tp_size
     embeddings = (1 + output_copy) * rows * hidden + model.max_seq_len * hidden * model.learned_positions
-    return model.num_layers * (shared // tp_size + whole + 2 * norm) + embeddings + norm
+    norms = (4 if model.is_gemma else 2) * norm
+    return model.num_layers * (shared // tp_size + whole + norms) + embeddings + norm
 
 
 def has_output_copy(model: ModelConfig, dtype: DType, device: str) -> bool:

@@ -16,6 +16,7 @@ import torch
 import megatron_sps2.model.eager  # noqa: F401  # before all others: some of them import Megatron
 from megatron_sps2.attention.core import SequenceParallelAttention, StepContext
 from megatron_sps2.attention.kv_cache import KVCache
+from megatron_sps2.config import ModelConfig
 from megatron_sps2.engine.block_manager import BlockManager
 from megatron_sps2.engine.csa_reporter import CsaReporter
 from megatron_sps2.engine.engine import Engine, Place
@@ -44,6 +45,7 @@ def build_engine(config: EngineConfig) -> Engine:
     compare_ranks(config)
     model = load_model_config(config.checkpoint)
     config.parallel.check_model(model)
+    check_windows(config, model)
     if config.csa is not None:
         config.csa.check_model(model, read_manifest(config.checkpoint).content_id)
     groups = ParallelGroups.create(config.parallel, timeout=timedelta(seconds=config.timeout_s))
@@ -56,6 +58,17 @@ def build_engine(config: EngineConfig) -> Engine:
         config.device,
     )
     return assemble(config, groups, forward, context)
+
+
+def check_windows(config: EngineConfig, model: ModelConfig) -> None:
+    """Raises ValueError for what a model with windowed layers is not served with."""
+    if not model.window_layers:
+        return
+    layers = f"{len(model.window_layers)} layers of the model see only the last {model.window} tokens"
+    if config.csa is not None:
+        raise ValueError(f"CSA is not for this model: {layers}; use --attention exact")
+    if config.schedule.prefix_caching:
+        raise ValueError(f"prefix caching does not know windows yet: {layers}; leave --prefix-caching away")
 
 
 def assemble(

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_sps2.attention.core import AttentionStep, BatchStep, PrefillStep, StepContext
 from megatron_sps2.attention.decode import DecodeRow, DecodeStep
 from megatron_sps2.attention.kv_cache import KVCache
+from megatron_sps2.attention.window import Windows
 from megatron_sps2.config import SamplingParams
 from megatron_sps2.csa_setting import CsaSetting
 from megatron_sps2.engine.plan import DecodeToken, NewPrompt, PrefillPiece, StepPlan
@@ -111,7 +112,9 @@ class Runner:
         self._overlap, self._device = overlap, torch.device(device)
         self._replica, self._csa, self._tp_rank = replica, csa, tp_rank
         self._unit = unit  # of tokens that stay together on a rank, as the scheduler lays them out
-        self._scale = forward.model.softmax_scale
+        model = forward.model
+        self._scale = model.softmax_scale
+        self._windows = Windows(model.window or 0, frozenset(model.window_layers))
         self._sequences: dict[int, _Sequence] = {}
         self._paused: dict[int, _Part] = {}
 
@@ -222,6 +225,7 @@ class Runner:
             home=piece.home,
             unit=self._unit,
             turn=piece.turn,
+            windows=self._windows,
         )
 
     def _learn(self, request_id: int, prompt: NewPrompt) -> None:
@@ -235,9 +239,12 @@ class Runner:
         for token in tokens:
             if token.kv_rank == self._sp.axis.rank and token.new_block is not None:
                 self._cache.grant(token.request_id, [token.new_block])
-        rows = [DecodeRow(token.request_id, token.home, token.kv_rank, token.spread) for token in tokens]
+        rows = [
+            DecodeRow(token.request_id, token.home, token.kv_rank, token.spread, token.position)
+            for token in tokens
+        ]
         wire = self._small.for_messages(len(rows) * self._row_bytes)
-        return DecodeStep(cache=self._cache, wire=wire, rows=rows, scale=self._scale)
+        return DecodeStep(cache=self._cache, wire=wire, rows=rows, scale=self._scale, windows=self._windows)
 
     def _embed(self, token_ids: list[int], positions: list[int]) -> tuple[Tensor, Tensor]:
         """-> hidden [s/P, 1, h] and the rotary angles of these positions."""

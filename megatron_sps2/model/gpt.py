@@ -71,12 +71,18 @@ class GptForward:
         model = self.model
         if model.learned_positions:
             return torch.empty(len(positions), 0)
-        return rotary_angles(positions, model.head_dim, model.rotary_base, model.rope_scaling)
+        angles = rotary_angles(positions, model.head_dim, model.rotary_base, model.rope_scaling)
+        if model.window_rotary_base is None:
+            return angles
+        # Beside them those of the windowed layers; `layer` takes its half.
+        return torch.cat((angles, rotary_angles(positions, model.head_dim, model.window_rotary_base)), dim=-1)
 
     @torch.inference_mode()
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[s, b] token ids at [s] places in the whole sequence -> [s, b, h]."""
         hidden = self.gpt.embedding.word_embeddings(token_ids)
+        if self.model.is_gemma:  # whose factor is rounded to the dtype
+            hidden = hidden * torch.tensor(self.model.hidden_size**0.5, dtype=hidden.dtype)
         if self.model.learned_positions:
             hidden = hidden + self.gpt.embedding.position_embeddings(positions)[:, None]
         return hidden
@@ -89,6 +95,8 @@ class GptForward:
             _attend_nothing(layer.self_attention, hidden)
             return hidden
         is_turned = not self.model.learned_positions and index not in self.model.no_rope_layers
+        if self.model.window_rotary_base is not None:
+            angles = angles.chunk(2, dim=-1)[index in self.model.window_layers]
         hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=angles if is_turned else None)
         return hidden
 

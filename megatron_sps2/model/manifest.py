@@ -80,7 +80,8 @@ def _parse(content: dict[str, Any]) -> Manifest:
     if unknown:
         raise ValueError(f"unknown model fields {sorted(unknown)}")
     values["eos_token_ids"] = tuple(values["eos_token_ids"])
-    values["no_rope_layers"] = tuple(values.get("no_rope_layers", ()))
+    for name in ("no_rope_layers", "window_layers"):
+        values[name] = tuple(values.get(name, ()))
     if values.get("rope_scaling"):
         values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
     files = {str(name): int(size) for name, size in content["files"].items()}

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_sps2.config import ModelConfig
+from megatron_sps2.model.gemma import GemmaNorm, with_norm
 from megatron_sps2.model.linear import CpuColumnParallelLinear, CpuRowParallelLinear
 from megatron_sps2.model.moe import moe_layer
 
@@ -77,12 +78,14 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     return -(-vocab_size // tp_size) * tp_size
 
 
-def norm_builder(norm: str = "rms") -> Callable[..., nn.Module]:
+def norm_builder(model: ModelConfig) -> Callable[..., nn.Module]:
     """NVIDIA apex's fused RMSNorm where it can be imported and run (CUDA), else torch's norms.
 
     The PyPI package named `apex` is something else: it has no FusedRMSNorm and is passed over.
     """
-    if norm != "rms":
+    if model.is_gemma:
+        return GemmaNorm
+    if model.norm != "rms":
         return WrappedTorchNorm
     try:
         from apex.normalization import FusedRMSNorm
@@ -105,12 +108,14 @@ def layer_spec(
     spec = get_gpt_layer_local_spec(normalization=NORMS[model.norm], qk_layernorm=model.qk_norm)
     attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
     attention.core_attention = core_attention
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm_builder(model.norm)
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm_builder(model)
     if model.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = norm_builder()
+        attention.q_layernorm = attention.k_layernorm = norm_builder(model)
     if device.type == "cpu":
         attention.linear_qkv = mlp.linear_fc1 = CpuColumnParallelLinear
         attention.linear_proj = mlp.linear_fc2 = CpuRowParallelLinear
+    if model.is_gemma:
+        attention.linear_proj = mlp.linear_fc2 = with_norm(attention.linear_proj)
     if model.num_experts:
         spec.submodules.mlp = moe_layer(mlp, pg_collection)
     return spec
@@ -132,7 +137,7 @@ def build_gpt(
     layers = TransformerBlockSubmodules(
         layer_specs=[layer_spec(model, pg_collection, core_attention, torch.device(device))]
         * model.num_layers,
-        layer_norm=norm_builder(model.norm),
+        layer_norm=norm_builder(model),
     )
     gpt = GPTModel(
         config=config,

@@ -102,7 +102,15 @@ def _layer_rules(model: ModelConfig, ours: str, hf: str) -> Iterator[WeightRule]
     yield _same(
         f"{ours}.self_attention.linear_proj.weight", f"{hf}.self_attn.o_proj.weight", (hidden, q_size)
     )
-    yield _same(f"{ours}.pre_mlp_layernorm.weight", f"{hf}.post_attention_layernorm.weight", (hidden,))
+    before_mlp = "post_attention_layernorm"
+    if model.is_gemma:
+        before_mlp = "pre_feedforward_layernorm"
+        for end, theirs in {
+            "self_attention.linear_proj": "post_attention_layernorm",
+            "mlp.linear_fc2": "post_feedforward_layernorm",
+        }.items():
+            yield _same(f"{ours}.{end}.post_layernorm.weight", f"{hf}.{theirs}.weight", (hidden,))
+    yield _same(f"{ours}.pre_mlp_layernorm.weight", f"{hf}.{before_mlp}.weight", (hidden,))
     if not model.num_experts:
         yield from _mlp_rules(model, f"{ours}.mlp", f"{hf}.mlp", LLAMA)
         return
