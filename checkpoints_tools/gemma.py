@@ -33,7 +33,7 @@ def gemma_model(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {
         "is_gemma": True,
         "activation": "gelu_tanh",
-        "attention_scalar": float(config["query_pre_attn_scalar"]),
+        "attention_scalar": int(config["query_pre_attn_scalar"]),
         "window_rotary_base": window_rotary_base(config, path),
     }
 

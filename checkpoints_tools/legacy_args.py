@@ -109,10 +109,15 @@ def make_args(
     is_llama3 = scaling is not None and scaling.kind == "llama3"
     is_linear = scaling is not None and scaling.kind == "linear"
     known = RopeScaling(kind="llama3", factor=scaling.factor, original_max_seq_len=8192) if scaling else None
-    if model.no_rope_layers or not (is_linear or scaling == known):
+    untold = {
+        f"no_rope_layers={model.no_rope_layers}": bool(model.no_rope_layers),
+        f"window={model.window} of some layers": bool(model.window_layers),
+        "Gemma's norms and scales": model.is_gemma,
+        f"{scaling}": not (is_linear or scaling == known),
+    }
+    for what in (what for what, is_so in untold.items() if is_so):
         logger.warning(
-            "Megatron's arguments cannot say %s; only sps2_model.json beside the shards does",
-            f"no_rope_layers={model.no_rope_layers}" if model.no_rope_layers else scaling,
+            "Megatron's arguments cannot say %s; only sps2_model.json beside the shards does", what
         )
     return argparse.Namespace(
         num_layers=model.num_layers,

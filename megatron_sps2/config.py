@@ -109,7 +109,7 @@ class ModelConfig:
     # Gemma 3, with gelu_tanh: norms after attention and MLP too, all norms' weights stored less 1, embeddings
     # times sqrt(hidden_size).
     is_gemma: bool = False
-    attention_scalar: float | None = None  # logits are divided by its square root; None: head_dim
+    attention_scalar: int | None = None  # logits are divided by its square root; None: head_dim
     # GPT-2 and GPT-3: all five together.
     norm: Literal["rms", "layer"] = "rms"
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"

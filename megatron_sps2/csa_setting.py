@@ -186,7 +186,12 @@ class CsaSetting:
         return self.group_sizes, tuple(int(degree) for degree in self.degrees)
 
     def check_model(self, model: ModelConfig, content_id: str) -> None:
-        """Raises ValueError when calibrated tables belong to another model."""
+        """Raises ValueError when calibrated tables belong to another model, or layers have windows."""
+        if model.window_layers:
+            raise ValueError(
+                f"CSA is not for this model: {len(model.window_layers)} of its layers see only the last "
+                f"{model.window} tokens; use --attention exact"
+            )
         if self.content_id and content_id and self.content_id != content_id:
             raise ValueError(
                 f"CSA setting {self.name!r} was calibrated for a model with content id {self.content_id!r}, "

@@ -29,7 +29,10 @@ FAMILIES = (
     "smollm2",
     "gpt2",
     "mixtral",
+    "mistral-window",
     "qwen3-moe",
+    "qwen3-window",
+    "gemma3",
 )
 
 
@@ -57,7 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 CASES = [
     *((name, tp, 1) for name in FAMILIES if name != "smollm2" for tp in (1, 2)),
-    *((name, 1, 2) for name in FAMILIES if name != "smollm3"),
+    *((name, 1, 2) for name in FAMILIES if name not in ("smollm3", "gemma3")),
     ("llama2", 4, 1),
     ("llama2", 4, 2),
     ("smollm2", 3, 1),

@@ -173,9 +173,8 @@ def test_what_crosses_the_wire_is_the_halo_whatever_the_prompts_length(reference
 
 def test_what_windows_are_not_served_with_is_said(reference: Reference) -> None:
     model = load_model_config(reference.checkpoint)
-    config = EngineConfig(checkpoint=reference.checkpoint, csa=PRESETS["default"])
-    with pytest.raises(ValueError, match="CSA is not for this model: 2 layers .* the last 20 tokens"):
-        check_windows(config, model)
+    with pytest.raises(ValueError, match="CSA is not for this model: 2 of its layers .* last 20 tokens"):
+        PRESETS["default"].check_model(model, "")
     caching = EngineConfig(checkpoint=reference.checkpoint, schedule=ScheduleConfig(prefix_caching=True))
     with pytest.raises(ValueError, match="prefix caching does not know windows"):
         check_windows(caching, model)

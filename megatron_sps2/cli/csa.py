@@ -45,8 +45,9 @@ def _check_calibrate(args: argparse.Namespace) -> None:
     """Raises ValueError or OSError for everything that can be wrong before the model is loaded."""
     from megatron_sps2.engine.calibration import check_length
 
-    model = read_manifest(args.checkpoint).model
-    check_length(_base(args), args.tokens, model)
+    model, base = read_manifest(args.checkpoint).model, _base(args)
+    base.check_model(model, "")
+    check_length(base, args.tokens, model)
     _check_text(args)
     if args.samples is not None and args.samples < 1:
         raise ValueError(f"--samples {args.samples} must be at least 1")

@@ -9,6 +9,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from megatron_sps2.attention.strategy import lay_out
+from megatron_sps2.attention.window import halo_tokens
 from megatron_sps2.config import ModelConfig, ParallelConfig
 from megatron_sps2.engine.request import Request
 from megatron_sps2.parallel.ledger import Ledger
@@ -75,8 +77,18 @@ class Report:
         if self.request.csa is not None:
             formula = self.request.csa.bytes_formula / (self.model.num_layers * len(self.ledgers))
             return {"strategy": self.strategy, **self._compare("prefill", CSA_COLLECTIVES, 1, formula)}
-        formula = getattr(self._traffic, self.strategy)(self.request.num_prompt_tokens)
+        formula = self._exact_formula(self.request.num_prompt_tokens)
         return {"strategy": self.strategy, **self._compare("prefill", PREFILL_COLLECTIVES, 1, formula)}
+
+    def _exact_formula(self, num_tokens: int) -> float:
+        """The mean over layers, of which some may have windows."""
+        whole: float = getattr(self._traffic, self.strategy)(num_tokens)
+        if self.model.window is None:
+            return whole
+        layout = lay_out(self.strategy, num_tokens, self.parallel.sp_size, None)
+        near = self._traffic.windowed(halo_tokens(layout, self.model.window))
+        share = len(self.model.window_layers) / self.model.num_layers
+        return (1 - share) * whole + share * near
 
     def decode_traffic(self) -> dict[str, Any]:
         """The same for one decode step."""

@@ -13,7 +13,7 @@ LSE_BYTES = 4  # a partial's log-sum-exp travels in fp32
 # The collectives that the formulas speak of, by the names under which the ledger books them.
 PREFILL_COLLECTIVES = (
     *("seq_to_heads_k", "seq_to_heads_q", "seq_to_heads_v", "heads_to_seq"),
-    *("exchange_k", "exchange_v", "gather_queries", "return_partials"),
+    *("exchange_k", "exchange_v", "gather_queries", "return_partials", "exchange_window"),
 )
 # Of CSA and of the paper's variant; CSA's tail goes by gather_queries and return_partials.
 CSA_COLLECTIVES = (
@@ -57,6 +57,10 @@ class Traffic:
         """2 n d S e (P-1)/P / T + 4 n S (P-1)/P / T: queries out, partial outputs and their LSE back."""
         lse = self.model.num_attention_heads * LSE_BYTES / self.parallel.tp_size
         return (self._row(2 * self.model.num_attention_heads) + lse) * num_tokens * self._others
+
+    def windowed(self, num_halo_tokens: int) -> float:
+        """2 n_kv d e H / P / T: K and V of the H tokens that other ranks' segments see; a windowed layer."""
+        return self._row(2 * self.model.num_query_groups) * num_halo_tokens / self.parallel.sp_size
 
     def decode(self, batch_size: int) -> float:
         """2 B n d e (P-1)/P + 4 B n (P-1)/P, over T: the same trip as pass_q, whatever the context length."""
