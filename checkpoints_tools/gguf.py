@@ -1,6 +1,6 @@
-"""Reads a Llama model from a llama.cpp GGUF file, dequantising its weights.
+"""Reads a model from a llama.cpp GGUF file, dequantising its weights.
 
-Knows GGUF's metadata and tensor names and llama.cpp's order of q and k rows.
+Knows GGUF's tensor names and llama.cpp's layouts; gguf_config.py knows what the metadata means.
 """
 
 from __future__ import annotations
@@ -8,40 +8,59 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 from torch import Tensor
 
+from checkpoints_tools.gguf_config import read_model
+from checkpoints_tools.gguf_metadata import Metadata
+from checkpoints_tools.gguf_tokenizer import save_gguf_tokenizer
 from megatron_sps2.config import DType, ModelConfig
+from megatron_sps2.model.weights import hf_shapes
 
 _TOP = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "transformer.wte": "token_embd",
+    "transformer.wpe": "position_embd",
+    "transformer.ln_f": "output_norm",
 }
 _IN_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
 }
+# Dims 2i and 2i+1 of a query or key turn together, instead of i and i + d/2.
+_PAIRS_TURN = ("llama", "smollm3")
+# Hugging Face's GPT-2 has these as [in, out], GGUF as [out, in].
+_IN_OUT = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-def hf_name(name: str) -> str:
-    """GGUF tensor name -> Hugging Face name; a name of no Llama weight comes back as it is."""
-    layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    if layer and layer[2] in _IN_LAYER:
-        return f"model.layers.{layer[1]}.{_IN_LAYER[layer[2]]}.weight"
-    return _TOP.get(name, name)
+def gguf_name(name: str) -> str:
+    """Hugging Face name of a weight or bias of a served family -> GGUF tensor name."""
+    layer = re.fullmatch(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)\.(weight|bias)", name)
+    if layer:
+        return f"blk.{layer[1]}.{_IN_LAYER[layer[2]]}.{layer[3]}"
+    stem, _, kind = name.rpartition(".")
+    return f"{_TOP[stem]}.{kind}"
 
 
 def rows_to_hf(weight: Tensor, num_heads: int) -> Tensor:
@@ -64,94 +83,48 @@ class GgufSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._reader = _open(path)
-        self._tensors = {hf_name(tensor.name): tensor for tensor in self._reader.tensors}
-        self.model = self._model_config()
+        reader = _open(path)
+        self._metadata = Metadata(path, reader.fields)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        # Of other architectures llama.cpp reads no such tensor: it is then unexpected.
+        divisors = tensors.pop("rope_freqs.weight", None) if self._metadata.architecture == "llama" else None
+        self.model = read_model(
+            self._metadata,
+            {name: _shape(tensor) for name, tensor in tensors.items()},
+            None if divisors is None else self._dequantised(divisors),
+        )
+        hf_names = {gguf_name(name): name for name in hf_shapes(self.model)}
+        self._tensors = {hf_names.get(name, name): tensor for name, tensor in tensors.items()}
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        # GGUF writes the dimension that lies closest together first.
-        return {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
+        return {
+            name: _shape(tensor)[::-1] if name.endswith(_IN_OUT) else _shape(tensor)
+            for name, tensor in self._tensors.items()
+        }
 
     def fetch(self, name: str) -> Tensor:
-        tensor = self._tensors[name]
-        weight = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
-        return turned_to_hf(name, weight, self.model)
+        """Raises ValueError naming a weight that is quantised in a way that is not read."""
+        weight = self._dequantised(self._tensors[name])
+        if name.endswith(_IN_OUT):
+            return weight.T.contiguous()
+        turned = self._metadata.architecture in _PAIRS_TURN
+        return turned_to_hf(name, weight, self.model) if turned else weight
 
     def save_tokenizer(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
+        save_gguf_tokenizer(self._metadata, folder)
 
-        tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
-        template = self._optional("tokenizer.chat_template")
-        if template:
-            # transformers reads everything from the file but this.
-            tokenizer.chat_template = template
-        tokenizer.save_pretrained(folder)
-
-    def _optional(self, key: str, default: Any = None) -> Any:
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
-
-    def _required(self, key: str) -> Any:
-        value = self._optional(key)
-        if value is None:
-            raise ValueError(f"{self.path} has no metadata {key!r}, which a Llama model needs")
-        return value
-
-    def _check_architecture(self) -> None:
-        architecture = self._required("general.architecture")
-        if architecture != "llama":
-            raise ValueError(f"{self.path}: architecture {architecture!r} is not supported; only 'llama' is")
-        if self._optional("llama.expert_count", 0):
-            raise ValueError(
-                f"{self.path}: llama.expert_count is not 0; mixtures of experts are not supported"
-            )
-
-    def _check_positions(self, head_dim: int) -> None:
-        scaling = self._optional("llama.rope.scaling.type", "none")
-        if scaling != "none" or "rope_freqs.weight" in self._tensors:
-            raise ValueError(
-                f"{self.path}: scaled positions are not supported "
-                f"(llama.rope.scaling.type={scaling!r}, or a tensor rope_freqs.weight)"
-            )
-        rotated = self._optional("llama.rope.dimension_count", head_dim)
-        if rotated != head_dim:
-            raise ValueError(
-                f"{self.path}: llama.rope.dimension_count={rotated} is not supported; "
-                f"it must be head_dim={head_dim}"
-            )
-
-    def _model_config(self) -> ModelConfig:
-        self._check_architecture()
-        hidden, heads = (
-            int(self._required(f"llama.{k}")) for k in ("embedding_length", "attention.head_count")
-        )
-        head_dim = int(self._optional("llama.attention.key_length", hidden // heads))
-        self._check_positions(head_dim)
-        embedding = self._tensors.get("model.embed_tokens.weight")
-        eos = self._optional("tokenizer.ggml.eos_token_id")
-        return ModelConfig(
-            num_layers=int(self._required("llama.block_count")),
-            hidden_size=hidden,
-            ffn_hidden_size=int(self._required("llama.feed_forward_length")),
-            num_attention_heads=heads,
-            num_query_groups=int(self._optional("llama.attention.head_count_kv", heads)),
-            head_dim=head_dim,
-            vocab_size=int(
-                embedding.shape[1] if embedding is not None else self._required("llama.vocab_size")
-            ),
-            max_seq_len=int(self._required("llama.context_length")),
-            norm_epsilon=_as_written(self._required("llama.attention.layer_norm_rms_epsilon")),
-            rotary_base=float(self._optional("llama.rope.freq_base", 10000.0)),
-            tie_embeddings="lm_head.weight" not in self._tensors,
-            bos_token_id=self._optional("tokenizer.ggml.bos_token_id"),
-            eos_token_ids=() if eos is None else (int(eos),),
-        )
+    def _dequantised(self, tensor: ReaderTensor) -> Tensor:
+        try:
+            values = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise ValueError(f"{self.path}: {tensor.name} cannot be read: {error}") from error
+        return torch.from_numpy(np.array(values, dtype=np.float32))
 
 
-def _as_written(value: float) -> float:
-    """An fp32 number of the file -> the decimal it was written from (9.99999974e-06 -> 1e-05)."""
-    return float(str(np.float32(value)))
+def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
+    """GGUF writes the dimension that lies closest together first."""
+    return tuple(int(n) for n in reversed(tensor.shape))
 
 
 def _open(path: Path) -> GGUFReader:
