@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from checkpoints_tools.core_reader import INDEX, CoreReader
+from checkpoints_tools.core_reader import CoreReader
 from checkpoints_tools.legacy_args import model_config
 from checkpoints_tools.pickles import load_pickle
 from checkpoints_tools.source import Source
@@ -24,6 +24,7 @@ from checkpoints_tools.target import Progress, on_disk
 from checkpoints_tools.tokenizer_files import copy_tokenizer
 from megatron_sps2.config import DTYPES, DType
 from megatron_sps2.model.checkpoint import save_model
+from megatron_sps2.model.index import INDEX
 from megatron_sps2.model.manifest import (
     MANIFEST_NAME,
     TRACKER_NAME,

@@ -1,11 +1,7 @@
-"""Weights of a torch_dist folder one at a time, by the names of the model floor; no process group is needed.
-
-The index is a pickle: only the classes that describe tensors are allowed in it, so that nothing of it runs.
-"""
+"""Weights of a torch_dist folder one at a time, by the model floor's names; no process group is needed."""
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,18 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-INDEX = ".metadata"
-_ALLOWED_MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.planner",
-    "torch.distributed.checkpoint.filesystem",
-)
-_ALLOWED_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
+from megatron_sps2.model.index import saved_tensors
+from megatron_sps2.model.mapped_reader import MappedReader
+
 # Megatron saves the norms before a linear under the linear's name, as Transformer Engine fuses them.
 _SAVED_AS = (
     (".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"),
@@ -37,14 +28,14 @@ class CoreReader:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
-        self._metadata = _read_index(folder / INDEX)
-        self._reader = FileSystemReader(folder)
+        self._reader = MappedReader(folder)
+        self._metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """By the names in the files, in which all layers are one tensor, and all experts."""
-        return {name: tuple(each.size) for name, each in self._tensors().items()}
+        return {name: tuple(each.size) for name, each in saved_tensors(self._metadata).items()}
 
     def dtype(self, name: str) -> torch.dtype:
         """As saved."""
@@ -68,13 +59,9 @@ class CoreReader:
             raise ValueError(f"{self.path}: {name} cannot be read: {error!r}") from error
         return whole[(0,) * len(place)]
 
-    def _tensors(self) -> dict[str, TensorStorageMetadata]:
-        found = self._metadata.state_dict_metadata
-        return {name: each for name, each in found.items() if isinstance(each, TensorStorageMetadata)}
-
     def _find(self, name: str) -> tuple[str, TensorStorageMetadata, tuple[int, ...]]:
         """The key in the files, what is known of it, and where `name` lies in its first dimensions."""
-        tensors = self._tensors()
+        tensors = saved_tensors(self._metadata)
         for ours, saved in _SAVED_AS:
             name = name.replace(ours, saved)
         for key, place in _keys(name):
@@ -120,27 +107,3 @@ class _Into(LoadPlanner):
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]: ...  # type: ignore[empty-body]
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan: ...  # type: ignore[empty-body]
     def load_bytes(self, read_item: ReadItem, value: Any) -> None: ...
-
-
-class _Restricted(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not (module in _ALLOWED_MODULES or is_dtype or (module, name) in _ALLOWED_NAMES) or "." in name:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no tensor")
-        return super().find_class(module, name)
-
-
-def _read_index(path: Path) -> Metadata:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a Megatron core checkpoint has one")
-    try:
-        with path.open("rb") as file:
-            found = _Restricted(file).load()
-    except Exception as error:  # A damaged pickle can raise anything.
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, Metadata):
-        raise ValueError(f"{path} holds a {type(found).__name__}, no index of tensors")
-    outside = [each.relative_path for each in found.storage_data.values() if "/" in each.relative_path]
-    if outside:
-        raise ValueError(f"{path} points outside its folder, to {outside[0]!r}; it is not read")
-    return found

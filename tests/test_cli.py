@@ -136,6 +136,9 @@ def test_a_seed_gives_the_same_tokens_over_sp_ranks_and_stdin(
     held = found["kv_tokens_per_rank"]
     assert sum(held) == 31 and max(held) - min(held) <= 1
     assert found["ledger"]["prefill"]["mean_bytes_per_rank_per_layer"] > 0
+    took = found["start_up"]
+    assert all(0 < load < whole for load, whole in zip(took["load_seconds"], took["seconds"], strict=True))
+    assert len(took["load_seconds"]) == 2 and min(took["peak_bytes"]) > max(took["weight_bytes"]) > 0
 
 
 def test_a_seed_gives_the_same_tokens_over_tp_ranks_and_settings_of_a_file(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,8 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_tools.convert import convert
 from megatron_sps2.config import ModelConfig, ParallelConfig
+from megatron_sps2.model import checkpoint as checkpoint_module
 from megatron_sps2.model.checkpoint import load_weights, save_model
 from megatron_sps2.model.manifest import MANIFEST_NAME, load_model_config, read_manifest
+from megatron_sps2.model.mapped_reader import MappedReader
 from megatron_sps2.model.spec import build_gpt
 from megatron_sps2.parallel.groups import ParallelGroups
 from tests.ranks import RankFailed, run_ranks
@@ -213,3 +219,63 @@ def test_a_model_that_wants_a_weight_the_files_lack_is_told_which(tmp_path: Path
     model = convert(tmp_path / "hf", tmp_path / "megatron")
     with pytest.raises(RankFailed, match=r"missing output_layer\.weight"):
         run_ranks(1, _load_as, tmp_path / "megatron", replace(model, tie_embeddings=False))
+
+
+def _bytes_read(folder: Path) -> tuple[int, int, int]:
+    """On a rank: bytes copied out of the files, bytes of its weights, weights that were read into a copy."""
+    copied, whole = list[int](), MappedReader._copy
+
+    def count(self: MappedReader, *args: Any) -> torch.Tensor:
+        part = whole(self, *args)
+        copied.append(part.nbytes)
+        return part
+
+    MappedReader._copy = count  # type: ignore[method-assign]
+    model, pg = load_model_config(folder), ParallelGroups.create(_all_tp()).to_megatron()
+    gpt = build_gpt(model, pg, PlainAttention, torch.float32)
+    storages = {weight.untyped_storage().data_ptr() for weight in gpt.parameters()}
+    plain, copies = checkpoint_module.dist_checkpointing.load, list[str]()
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        state = plain(*args, **kwargs)
+        tensors = {name: each for name, each in state.items() if isinstance(each, torch.Tensor)}
+        copies.extend(n for n, each in tensors.items() if each.untyped_storage().data_ptr() not in storages)
+        return state
+
+    with mock.patch.object(checkpoint_module.dist_checkpointing, "load", load):
+        load_weights(gpt, folder, pg)
+    return sum(copied), sum(weight.nbytes for weight in gpt.parameters()), len(copies)
+
+
+def _all_tp() -> ParallelConfig:
+    return ParallelConfig(tp_size=dist.get_world_size())
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_rank_reads_its_own_part_straight_into_its_weights(original: Path, tp_size: int) -> None:
+    row = 64 * 4  # of the padding of a vocabulary, which no file holds: hidden size x float32
+    for read, held, num_copies in run_ranks(tp_size, _bytes_read, original):
+        assert held - 2 * row <= read <= held and num_copies == 0
+
+
+class Evil:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_hostile_index_runs_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    index = checkpoint / "release" / ".metadata"
+    index.write_bytes(pickle.dumps(Evil(tmp_path / "evil")))
+    manifest = json.loads((checkpoint / MANIFEST_NAME).read_text())
+    manifest["files"]["release/.metadata"] = index.stat().st_size
+    (checkpoint / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(RankFailed, match=r"\.metadata cannot be read: it names posix\.mkdir"):
+        run_ranks(1, _logits, checkpoint)
+    assert not (tmp_path / "evil").exists()
+    pickle.loads(index.read_bytes())  # Control: it is hostile.
+    assert (tmp_path / "evil").exists()

@@ -213,4 +213,5 @@ def _finish(args: argparse.Namespace, engine: Engine, request: Request, text: st
         strategy=engine.last_strategy,
         kv_tokens_per_rank=kv_tokens,
         ledgers=engine.gather(engine.ledger),
+        start_up=engine.start_up,
     )

@@ -13,6 +13,7 @@ from megatron_sps2.attention.strategy import lay_out
 from megatron_sps2.attention.window import halo_tokens
 from megatron_sps2.config import ModelConfig, ParallelConfig
 from megatron_sps2.engine.request import Request
+from megatron_sps2.engine.start_up import StartUp, in_words, start_up_json
 from megatron_sps2.parallel.ledger import Ledger
 from megatron_sps2.parallel.traffic import CSA_COLLECTIVES, DECODE_COLLECTIVES, PREFILL_COLLECTIVES, Traffic
 
@@ -31,6 +32,7 @@ class Report:
     strategy: str
     kv_tokens_per_rank: list[int]
     ledgers: list[Ledger]
+    start_up: list[StartUp]  # of all ranks of the world
 
     @property
     def ttft_ms(self) -> float:
@@ -58,6 +60,7 @@ class Report:
             "ttft_ms": self.ttft_ms,
             "tbt_ms": self.tbt_ms,
             "kv_tokens_per_rank": self.kv_tokens_per_rank,
+            "start_up": start_up_json(self.start_up),
             "ledger": {"prefill": self.prefill_traffic(), "decode": self.decode_traffic()},
         }
         if self.request.csa is not None:
@@ -145,6 +148,7 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         ]
     )
     return [
+        ("loaded in", in_words(report.start_up)),
         ("prompt tokens", f"{report.request.num_prompt_tokens:,}"),
         ("answer tokens", f"{num_tokens:,}, ended by {report.request.finish_reason}"),
         ("TTFT", f"{report.ttft_ms:,.0f} ms ({prompt_speed:,.0f} tokens/s)"),

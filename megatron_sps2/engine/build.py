@@ -6,6 +6,8 @@ Compares what the ranks were told before anything is built: two configs never me
 from __future__ import annotations
 
 import functools
+import logging
+import time
 from dataclasses import asdict, fields
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +25,7 @@ from megatron_sps2.engine.engine import Engine, Place
 from megatron_sps2.engine.engine_config import EngineConfig
 from megatron_sps2.engine.runner import Runner
 from megatron_sps2.engine.scheduler import Scheduler
+from megatron_sps2.engine.start_up import StartUp, in_words
 from megatron_sps2.model.checkpoint import load_gpt
 from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.model.heap import keep_freed_memory
@@ -32,6 +35,8 @@ from megatron_sps2.parallel.groups import ParallelGroups, world_axis
 from megatron_sps2.parallel.ledger import Ledger
 from megatron_sps2.parallel.mailbox import open_mailbox
 from megatron_sps2.parallel.traffic import Traffic
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["EngineConfig", "assemble", "build_engine", "compare_ranks"]
 
@@ -49,7 +54,7 @@ def build_engine(config: EngineConfig) -> Engine:
     if config.csa is not None:
         config.csa.check_model(model, read_manifest(config.checkpoint).content_id)
     groups = ParallelGroups.create(config.parallel, timeout=timedelta(seconds=config.timeout_s))
-    context = StepContext()
+    context, start = StepContext(), time.perf_counter()
     forward = load_gpt(
         config.checkpoint,
         groups.to_megatron(),
@@ -57,7 +62,13 @@ def build_engine(config: EngineConfig) -> Engine:
         getattr(torch, config.dtype),
         config.device,
     )
-    return assemble(config, groups, forward, context)
+    loaded = time.perf_counter()
+    engine = assemble(config, groups, forward, context)
+    mine = StartUp.now(loaded - start, forward.weight_bytes)
+    engine.start_up = gather_objects(mine, groups.world)
+    if groups.world.rank == 0:
+        logger.info("loaded %s in %s", config.checkpoint, in_words(engine.start_up))
+    return engine
 
 
 def check_windows(config: EngineConfig, model: ModelConfig) -> None:

@@ -20,6 +20,7 @@ from megatron_sps2.engine.request import FinishReason, Request, check_request
 from megatron_sps2.engine.runner import Runner, StepResult
 from megatron_sps2.engine.sampler import SampledToken
 from megatron_sps2.engine.scheduler import Scheduler
+from megatron_sps2.engine.start_up import StartUp
 from megatron_sps2.parallel.collectives import Wire, broadcast_plan, gather_objects
 from megatron_sps2.parallel.ledger import Ledger
 
@@ -72,6 +73,8 @@ class Engine:
         # Per rank of the replica, since the last audit: blocks held for requests that are not known here.
         self.num_leaked_blocks: list[int] | None = None
         self.last_plan = StepPlan()
+        # Of every rank of the world, from build_engine.
+        self.start_up: list[StartUp] = []
         # Blocks in this rank's tables after the newest step.
         self.num_used_blocks = 0
         # Told every plan that this rank has run, when it began (time.time()) and how many seconds it took.

@@ -5,6 +5,7 @@ Knows Megatron's distributed checkpointing; which ranks share the sequence does 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -21,11 +22,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import CoreAttentionBuilder
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sps2.config import DType, ModelConfig, ParallelConfig
 from megatron_sps2.model.gpt import GptForward
+from megatron_sps2.model.index import INDEX, read_index, saved_tensors
 from megatron_sps2.model.manifest import (
     CONVERT_AGAIN,
     TRACKER_NAME,
@@ -35,6 +37,7 @@ from megatron_sps2.model.manifest import (
     read_manifest,
     write_manifest,
 )
+from megatron_sps2.model.mapped_reader import MappedLoad
 from megatron_sps2.model.spec import build_gpt, padded_vocab_size
 from megatron_sps2.parallel.collectives import agree, gather_objects
 from megatron_sps2.parallel.groups import world_axis
@@ -77,12 +80,15 @@ def load_weights(gpt: GPTModel, folder: str | Path, pg_collection: ProcessGroupC
         _check_weights(_expected_shapes(sharded), _saved_shapes(weights), num_rows, weights)
 
     agree(check)
+    _read_in_place(sharded)
     try:
         # Every rank reads what it needs, replicas included: nobody has to own a weight.
-        state = dist_checkpointing.load(sharded, weights, validate_access_integrity=False)
+        state = dist_checkpointing.load(
+            sharded, weights, sharded_strategy=MappedLoad(), validate_access_integrity=False
+        )
     except CheckpointException as error:
         raise ValueError(f"checkpoint {weights} cannot be read: {error}; {CONVERT_AGAIN}") from error
-    own = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     gpt.load_state_dict(own, strict=True)
 
 
@@ -151,12 +157,25 @@ def _sharded_state(gpt: GPTModel, replicas: dist.ProcessGroup, with_extra_state:
     return {name: value for name, value in state.items() if not name.endswith(_EXTRA_STATE)}
 
 
+def _read_in_place(sharded: ShardedStateDict) -> None:
+    """Halves of a weight (gate and up) are read straight into it; Megatron would join them in a copy."""
+
+    def join(whole: Tensor, join_copies: Callable[[list[Tensor]], Tensor], halves: list[Tensor]) -> Tensor:
+        storages = {each.untyped_storage().data_ptr() for each in halves}
+        return whole if storages == {whole.untyped_storage().data_ptr()} else join_copies(halves)
+
+    for value in nested_values(sharded):
+        if isinstance(value, ShardedTensorFactory):
+            value.merge_fn = functools.partial(join, value.data, value.merge_fn)
+
+
 def _saved_shapes(weights: str) -> Shapes:
+    """Megatron would unpickle the index, and run what is in it: it is looked at before."""
     try:
-        saved = dist_checkpointing.load_tensors_metadata(weights)
-    except Exception as error:  # Unpickling a damaged file can raise anything.
-        raise ValueError(f"checkpoint {weights} cannot be read: {error!r}; {CONVERT_AGAIN}") from error
-    return {name: tuple(tensor.global_shape) for name, tensor in saved.items()}
+        index = read_index(Path(weights) / INDEX)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint {weights} cannot be read: {error}; {CONVERT_AGAIN}") from error
+    return {name: tuple(tensor.size) for name, tensor in saved_tensors(index).items()}
 
 
 def _expected_shapes(sharded: ShardedStateDict) -> Shapes:

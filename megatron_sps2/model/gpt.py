@@ -30,6 +30,7 @@ class GptForward:
     def __init__(self, gpt: GPTModel, model: ModelConfig) -> None:
         self.gpt = gpt
         self.model = model
+        self.weight_bytes = sum(weight.nbytes for weight in gpt.parameters())
         self._tp = Wire(axis_of(gpt.pg_collection.tp), Ledger())
         tied = gpt.share_embeddings_and_output_weights
         plain = gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight

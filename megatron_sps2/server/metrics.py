@@ -202,6 +202,7 @@ class Metrics:
             "kv_blocks_total": "KV blocks of the rank",
             "kv_blocks_leaked": "KV blocks held for no request, as of the last time nothing ran",
             "process_resident_memory_bytes": "Memory of the rank's process",
+            "process_peak_memory_bytes": "The most memory that the rank's process has held",
         }
         gauges = {
             name: GaugeMetricFamily(f"sps2:{name}", text, labels=["rank"]) for name, text in says.items()
@@ -218,6 +219,7 @@ class Metrics:
                 "kv_blocks_total": ready.num_blocks if ready else 0,
                 "kv_blocks_leaked": self._leaked(beat, ready),
                 "process_resident_memory_bytes": beat.rss_bytes,
+                "process_peak_memory_bytes": beat.peak_bytes,
             }
             for name, value in values.items():
                 gauges[name].add_metric([str(rank)], value)

@@ -178,6 +178,7 @@ class Beat(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     num_used_blocks: int  # KV blocks that this rank's tables hold
     bytes_sent: dict[str, int]  # by collective, since start
     rss_bytes: int
+    peak_bytes: int  # the most that rss_bytes has been
     steps: list[StepRecord]  # finished since the last beat
 
 

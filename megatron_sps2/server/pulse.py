@@ -17,6 +17,7 @@ import zmq
 
 from megatron_sps2.engine.engine import Engine
 from megatron_sps2.engine.plan import StepPlan
+from megatron_sps2.engine.start_up import peak_bytes
 from megatron_sps2.server.beats import connect
 from megatron_sps2.server.protocol import BEAT_S, Beat, StepRecord, encode
 
@@ -67,6 +68,7 @@ class Pulse:
             num_used_blocks=engine.num_used_blocks,
             bytes_sent=engine.ledger.all_phases,
             rss_bytes=psutil.Process().memory_info().rss,
+            peak_bytes=peak_bytes(),
             steps=[self._steps.popleft() for _ in range(len(self._steps))],
         )
 
