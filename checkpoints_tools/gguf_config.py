@@ -41,7 +41,7 @@ def read_model(
         model = dataclasses.replace(model, rope_scaling=_llama3(metadata, model, divisors))
     window = metadata.optional("attention.sliding_window", 0)
     if 0 < window < model.max_seq_len:
-        raise metadata.refusal("attention.sliding_window", window, "every token sees all earlier ones")
+        raise metadata.refusal("attention.sliding_window", window, "it does not say for which layers")
     metadata.check_understood()
     return model
 

@@ -159,7 +159,7 @@ def test_an_output_weight_of_its_own_unties_a_model(hf: Path, tmp_path: Path) ->
             "dimension_count=4 is not supported: it must be head_dim=8",
         ),
         (lambda w: w.add_value_length(16), "value_length=16 is not supported: it must be head_dim=8"),
-        (lambda w: w.add_sliding_window(512), "sliding_window=512 is not supported: every token sees"),
+        (lambda w: w.add_sliding_window(512), "sliding_window=512 is not supported: it does not say"),
         (
             lambda w: w.add_attention_scale(0.5),
             r"llama\.attention\.scale=0\.5 is not supported: nothing here",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
 import pickle
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from megatron_sps2.config import ModelConfig, ParallelConfig
 from megatron_sps2.model import checkpoint as checkpoint_module
 from megatron_sps2.model.checkpoint import load_weights, save_model
 from megatron_sps2.model.manifest import MANIFEST_NAME, load_model_config, read_manifest
-from megatron_sps2.model.mapped_reader import MappedReader
+from megatron_sps2.model.mapped_reader import MappedReader, _lies_in_order
 from megatron_sps2.model.spec import build_gpt
 from megatron_sps2.parallel.groups import ParallelGroups
 from tests.ranks import RankFailed, run_ranks
@@ -279,3 +281,16 @@ def test_a_hostile_index_runs_nothing(checkpoint: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "evil").exists()
     pickle.loads(index.read_bytes())  # Control: it is hostile.
     assert (tmp_path / "evil").exists()
+
+
+def test_what_does_not_lie_in_a_file_as_it_is_is_left_to_torch() -> None:
+    weight = torch.arange(100.0)
+    plain, packed = io.BytesIO(), io.BytesIO()
+    torch.save(weight, plain)
+    assert _lies_in_order(weight, plain.getvalue())
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    assert not _lies_in_order(weight, packed.getvalue())
+    assert not _lies_in_order(weight[10:], plain.getvalue()), "a part of what was saved"
+    assert not _lies_in_order(weight.view(10, 10).T, plain.getvalue()), "saved in another order"

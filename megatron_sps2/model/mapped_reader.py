@@ -5,7 +5,9 @@ torch's own reader loads every stored tensor whole, on every rank, whichever par
 
 from __future__ import annotations
 
+import io
 import mmap
+import zipfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +26,8 @@ from megatron_sps2.model.index import INDEX, read_index
 
 # A tensor is saved as an archive of its own, with one record for its elements.
 _ELEMENTS = "data/0"
+# An archive ends with its directory; one of a single tensor's is a few hundred bytes.
+_DIRECTORY_BYTES = 1 << 16
 
 
 class MappedReader(FileSystemReader):
@@ -55,11 +59,12 @@ class MappedReader(FileSystemReader):
             archive = self._slice_file(file, stored)
             with torch.serialization.skip_data():  # shape and dtype; the memory is never touched
                 shape = torch.load(archive, map_location="cpu", weights_only=True)
+            archive.seek(max(0, stored.length - _DIRECTORY_BYTES))
+            if not _lies_in_order(shape, archive.read()):
+                return False
             archive.seek(0)
             reader: Any = torch._C.PyTorchFileReader(archive)
             start = stored.offset + reader.get_record_offset(_ELEMENTS)
-            if not isinstance(shape, Tensor) or not shape.is_contiguous() or shape.storage_offset():
-                return False
             if stored.relative_path not in self._files:
                 self._files[stored.relative_path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         part = self._copy(self._files[stored.relative_path], start, shape, item)
@@ -77,6 +82,15 @@ class MappedReader(FileSystemReader):
         if hasattr(mmap, "MADV_DONTNEED"):  # else what was read would count as this process's memory
             mapped.madvise(mmap.MADV_DONTNEED)
         return torch.from_numpy(part).view(shape.dtype)
+
+
+def _lies_in_order(shape: Any, directory: bytes) -> bool:
+    """Whether an archive that ends with `directory` holds all elements of one tensor, not packed."""
+    if not isinstance(shape, Tensor) or not shape.is_contiguous() or shape.storage_offset():
+        return False
+    with zipfile.ZipFile(io.BytesIO(directory)) as members:
+        elements = [each for each in members.infolist() if each.filename.endswith(f"/{_ELEMENTS}")]
+    return [(e.compress_type, e.file_size) for e in elements] == [(zipfile.ZIP_STORED, shape.nbytes)]
 
 
 class MappedLoad(megatron_strategy.TorchDistLoadShardedStrategy):
