@@ -62,6 +62,7 @@ CASES = [
     *((name, tp, 1) for name in FAMILIES if name != "smollm2" for tp in (1, 2)),
     *((name, 1, 2) for name in FAMILIES if name not in ("smollm3", "gemma3")),
     ("llama2", 4, 1),
+    ("gpt2", 4, 1),
     ("llama2", 4, 2),
     ("smollm2", 3, 1),
     ("smollm3", 2, 5),

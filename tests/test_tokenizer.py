@@ -102,6 +102,23 @@ def test_messages_that_cannot_be_rendered_are_refused_by_name(
         load_tokenizer(chat_folder).encode_chat(messages)
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__.os.mkdir(messages[0].content) }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe|not safely callable"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+        ("{{ 1 + messages }}", "unsupported operand"),
+    ],
+)
+def test_a_hostile_chat_template_is_kept_in_its_sandbox(template: str, said: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path, template))
+    with pytest.raises(ValueError, match=f"the chat template refuses these messages: .*({said})"):
+        tokenizer.encode_chat([{"role": "user", "content": str(tmp_path / "evil")}])
+    assert not (tmp_path / "evil").exists()
+
+
 def test_a_missing_folder_and_a_missing_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         load_tokenizer(tmp_path / "nowhere")

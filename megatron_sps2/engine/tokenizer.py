@@ -37,8 +37,6 @@ class Tokenizer:
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation and the opening of its answer; ValueError if it cannot be rendered."""
-        import jinja2
-
         self._check_chat(messages)
         try:
             ids = self._backend.apply_chat_template(
@@ -48,7 +46,7 @@ class Tokenizer:
                 return_dict=False,
                 tokenizer_kwargs={"verbose": False},
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # A template is a program, in jinja's sandbox: it can raise anything.
             raise ValueError(f"the chat template refuses these messages: {error}") from error
         return list(ids)
 
