@@ -46,7 +46,9 @@ def deepspeed_shards(folder: Path, *, trust_pickle: bool = False) -> Shards:
     content = {rank: load_shard(path, "module", trust_pickle) for rank, path in sorted(states.items())}
     args = content[0].get("args") if 0 in content else None
     if (folder / "zero").is_dir():
-        return Shards(FORMAT, folder, args, [_universal(folder / "zero", args, trust_pickle)])
+        stage = _universal(folder / "zero", args, trust_pickle)
+        _know_vocabulary(args, content.get(0, {}))
+        return Shards(FORMAT, folder, args, [stage])
     if any(_matching(folder, _LAYER)):
         stage = _pipeline(folder, trust_pickle)
     else:
@@ -120,7 +122,17 @@ def _universal(folder: Path, args: Any, trust_pickle: bool) -> Stage:
     return Stage([folder], [our_names({**flat, **_named(by_layer)})])
 
 
+def _know_vocabulary(args: Any, states: Mapping[str, Any]) -> None:
+    """args may know the padded size only, and DeepSpeed cut the padding off."""
+    whole = (states.get("universal_checkpoint_info") or {}).get("original_vocab_size")
+    if args is not None and whole and not getattr(args, "vocab_size", None):
+        args.vocab_size = whole
+
+
 def _halves_are_cut(args: Any) -> bool:
+    """Without args nobody knows, so that they may be."""
+    if args is None:
+        return True
     return bool(getattr(args, "swiglu", False)) and int(getattr(args, "tensor_model_parallel_size", 1)) > 1
 
 

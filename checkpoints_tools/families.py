@@ -31,26 +31,31 @@ class Family:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+# Qwen's windows, unless the config switches them on.
+NO_WINDOW = {"use_sliding_window": False, "sliding_window": 4096}
+
 # By model_type. Yi and SmolLM2 call themselves llama, Phi-4 phi3.
 FAMILIES = {
     "gemma3_text": Family(qk_norm=True, is_gemma=True, windows="pattern", defaults=gemma.DEFAULTS),
     "gpt2": Family(),
     "llama": Family(),
-    "mistral": Family(windows="all"),
+    "mistral": Family(windows="all", defaults={"sliding_window": 4096}),
     "mixtral": Family(
-        has_experts=True, windows="all", defaults={"num_local_experts": 8, "num_experts_per_tok": 2}
+        has_experts=True,
+        windows="all",
+        defaults={"num_local_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1_000_000.0},
     ),
     "phi3": Family(
         fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
         windows="all",
     ),
-    "qwen2": Family(qkv_bias=True, windows="late", defaults={"use_sliding_window": False}),
-    "qwen3": Family(qk_norm=True, windows="late", defaults={"use_sliding_window": False, "head_dim": 128}),
+    "qwen2": Family(qkv_bias=True, windows="late", defaults=NO_WINDOW),
+    "qwen3": Family(qk_norm=True, windows="late", defaults={**NO_WINDOW, "head_dim": 128}),
     "qwen3_moe": Family(
         qk_norm=True,
         has_experts=True,
         windows="all",
-        defaults={"use_sliding_window": False, "num_experts_per_tok": 8, "norm_topk_prob": False},
+        defaults={**NO_WINDOW, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": False},
     ),
     "smollm3": Family(
         has_no_rope_layers=True,
@@ -122,7 +127,7 @@ def _family(config: Config, path: Path) -> Family:
 def _check_supported(config: Config, path: Path, family: Family) -> None:
     allowed: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish"), "mlp_bias": (False,)}
     if family.is_gemma:
-        allowed = gemma.ALLOWED
+        allowed = dict(gemma.ALLOWED)
     if not family.qkv_bias:  # whose biases the config does not mention
         allowed["attention_bias"] = (False,)
     refuse(path, allowed, config)

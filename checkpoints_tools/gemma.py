@@ -43,6 +43,8 @@ def gemma_config(model: ModelConfig, rope_scaling: Mapping[str, Any] | None) -> 
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": model.attention_scalar or model.head_dim,
+        # transformers 4 reads this, and the entries that all families have; 5 reads the next.
+        "rope_local_base_freq": model.window_rotary_base or model.rotary_base,
         "rope_parameters": {
             FULL: {"rope_type": "default", "rope_theta": model.rotary_base, **(rope_scaling or {})},
             SLIDING: {"rope_type": "default", "rope_theta": model.window_rotary_base or model.rotary_base},

@@ -67,8 +67,7 @@ def hf_config(model: ModelConfig, dtype: DType) -> dict[str, Any]:
         config |= {"sliding_window": model.window, "use_sliding_window": True}
         config |= {} if kind in ONE_WINDOW else {"layer_types": types}
     if model.is_gemma:
-        for name in ("hidden_act", "rope_theta", "rope_scaling"):
-            del config[name]
+        del config["hidden_act"]
         config |= gemma.gemma_config(model, rope)
     if kind == "smollm3":
         turns = [int(layer not in model.no_rope_layers) for layer in range(model.num_layers)]

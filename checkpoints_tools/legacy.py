@@ -31,6 +31,7 @@ CUT = {
 _OLDER = (
     (r"^(language_model|model)\.", ""),
     (r"^encoder\.", "decoder."),
+    (r"^word_embeddings_for_head\.", "output_layer."),  # a copy, on the last stage of tied embeddings
     (r"^embedding\.word_embeddings$", "embedding.word_embeddings.weight"),
     (r"\.query_key_value\.", ".linear_qkv."),
     (r"\.dense\.", ".linear_proj."),
@@ -181,7 +182,8 @@ def split_tp(name: str, whole: Tensor, tp_size: int, gated: bool) -> list[Tensor
 
 def our_names(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of a state dict, nested or flat, by whatever version of Megatron, under our names."""
-    return {_our_name(name): value for name, value in _flat(content) if isinstance(value, Tensor)}
+    weights = {_our_name(name): value for name, value in _flat(content) if isinstance(value, Tensor)}
+    return {name: each for name, each in weights.items() if not name.endswith("_extra_state")}
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -21,6 +21,14 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "rotary_percent": (1.0,),
     "rotary_interleaved": (False,),
     "apply_layernorm_1p": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "no_rope_freq": (None, 0),
+    "qk_l2_norm": (False,),
+    "softmax_type": ("vanilla",),
+    "activation_func_clamp_value": (None,),
+    "glu_linear_offset": (0, 0.0),
+    "moe_apply_probs_on_input": (False,),
+    "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none", ["aux_loss"]),
     "moe_layer_freq": (1,),
     "moe_grouped_gemm": (False,),
     "moe_shared_expert_intermediate_size": (None,),
@@ -78,9 +86,11 @@ def model_config(args: Any, path: Path) -> ModelConfig:
 
 
 def _mlp(values: dict[str, Any]) -> dict[str, Any]:
-    """Megatron-DeepSpeed counts the experts of each layer, in a list."""
+    """Megatron-DeepSpeed counts the experts of each layer, in a list; its mixtures are called otherwise."""
     if values.get("num_experts") in (None, 0, [1]):
         return {"ffn_hidden_size": int(values["ffn_hidden_size"])}
+    if not isinstance(values["num_experts"], int):
+        raise ValueError(f"args.num_experts={values['num_experts']!r} is not supported; only a number is")
     return {
         "ffn_hidden_size": int(values.get("moe_ffn_hidden_size") or values["ffn_hidden_size"]),
         "num_experts": int(values["num_experts"]),

@@ -113,7 +113,10 @@ def windows(config: Config, path: Path, family_rule: str, longest: int) -> tuple
         raise ValueError(
             f"{path}: layer_types has {sorted(unknown)[0]!r}; only {SLIDING} and {FULL} are known"
         )
-    if window is None or not config.get("use_sliding_window", True) or int(window) >= longest:
+    if window is None or not config.get("use_sliding_window", True):
+        return None, ()
+    # Gemma 3's layers with windows turn by a base of their own, however long the windows are.
+    if int(window) >= longest and family_rule != "pattern":
         return None, ()
     count = int(config["num_hidden_layers"])
     if types:

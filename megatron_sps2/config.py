@@ -180,6 +180,8 @@ class ModelConfig:
                 f"window={self.window} and window_layers={self.window_layers} must both be given, or neither;"
                 " a window holds at least 1 token"
             )
+        if self.window_rotary_base is not None and not self.window_layers:
+            raise ValueError(f"window_rotary_base={self.window_rotary_base} needs window_layers")
         if any(not 0 <= layer < self.num_layers for layer in self.window_layers):
             raise ValueError(
                 f"window_layers={self.window_layers} must lie between 0 and {self.num_layers - 1}"

@@ -113,6 +113,9 @@ def test_a_window_counts_only_where_it_is_used() -> None:
     used = {**config, "sliding_window": 64, "use_sliding_window": True, "layer_types": None}
     assert model_config({**used, "max_window_layers": 1}, Path("c"), {}).window_layers == (1,)
     assert model_config(used, Path("c"), {}).window is None  # from layer 28 on: there is none
+    gemma = json.loads(FAMILY_MODELS["gemma3"].config().to_json_string(use_diff=False))
+    long = model_config({**gemma, "sliding_window": 4096}, Path("c"), {})
+    assert long.window_layers == (0, 2), "they turn by a base of their own, however long the window"
     with pytest.raises(ValueError, match="sliding_window=64 is not supported: a llama model must say"):
         model_config({**used, "model_type": "llama"}, Path("c"), {})
     with pytest.raises(ValueError, match="layer_types has 'chunked_attention'"):

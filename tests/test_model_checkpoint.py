@@ -24,6 +24,7 @@ from checkpoints_tools.convert import convert
 from megatron_sps2.config import ModelConfig, ParallelConfig
 from megatron_sps2.model import checkpoint as checkpoint_module
 from megatron_sps2.model.checkpoint import load_weights, save_model
+from megatron_sps2.model.index import read_index
 from megatron_sps2.model.manifest import MANIFEST_NAME, load_model_config, read_manifest
 from megatron_sps2.model.mapped_reader import MappedReader, _lies_in_order
 from megatron_sps2.model.spec import build_gpt
@@ -281,6 +282,18 @@ def test_a_hostile_index_runs_nothing(checkpoint: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "evil").exists()
     pickle.loads(index.read_bytes())  # Control: it is hostile.
     assert (tmp_path / "evil").exists()
+
+
+def test_a_hostile_index_reaches_nothing_through_a_module(tmp_path: Path) -> None:
+    """It would give torch another idea of what a dtype is, and then ask it for os.mkdir by name."""
+    module, path = b"torch.distributed.checkpoint.filesystem", str(tmp_path / "evil").encode()
+    ops = b"\x80\x02c" + module + b"\ntorch\n}X\x05\x00\x00\x00dtypec" + module + b"\nCallable\nsb0"
+    ops += b"ctorch\n_import_dotted_name\nX\x08\x00\x00\x00os.mkdir\x85R"
+    ops += b"X" + len(path).to_bytes(4, "little") + path + b"\x85R."
+    (tmp_path / ".metadata").write_bytes(ops)
+    with pytest.raises(ValueError, match=r"it names torch\.distributed\.checkpoint\.filesystem\.torch"):
+        read_index(tmp_path / ".metadata")
+    assert not (tmp_path / "evil").exists()
 
 
 def test_what_does_not_lie_in_a_file_as_it_is_is_left_to_torch() -> None:

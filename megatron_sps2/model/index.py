@@ -6,19 +6,34 @@ It is a pickle: only the classes that describe tensors are allowed in it, so tha
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 INDEX = ".metadata"
-_ALLOWED_MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.planner",
-    "torch.distributed.checkpoint.filesystem",
-)
-_ALLOWED_NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
+# What an index is made of, by the names that a pickle has for it. Names are looked up here and nowhere else: a
+# module that is allowed as a whole gives what it imports, too.
+_DESCRIBE: dict[tuple[str, str], Any] = {
+    **{
+        (each.__module__, each.__qualname__): each
+        for each in (
+            *(metadata.Metadata, metadata.MetadataIndex, metadata.StorageMeta, metadata.TensorProperties),
+            *(metadata.BytesStorageMetadata, metadata.TensorStorageMetadata, metadata.ChunkStorageMetadata),
+            metadata._MEM_FORMAT_ENCODING,
+            *(planner.SavePlan, planner.WriteItem, planner.WriteItemType, planner.TensorWriteData),
+            planner.BytesIOWriteData,
+            filesystem._StorageInfo,
+            torch.serialization._get_layout,
+        )
+    },
+    ("torch", "Size"): torch.Size,
+    ("collections", "OrderedDict"): OrderedDict,
+    **{("torch", name): each for name, each in vars(torch).items() if isinstance(each, torch.dtype)},
+}
 
 
 def read_index(path: Path) -> Metadata:
@@ -46,7 +61,6 @@ def saved_tensors(index: Metadata) -> dict[str, TensorStorageMetadata]:
 
 class _Restricted(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not (module in _ALLOWED_MODULES or is_dtype or (module, name) in _ALLOWED_NAMES) or "." in name:
+        if (module, name) not in _DESCRIBE:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no tensor")
-        return super().find_class(module, name)
+        return _DESCRIBE[module, name]

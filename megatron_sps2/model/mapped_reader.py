@@ -35,7 +35,6 @@ class MappedReader(FileSystemReader):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
-        self._files: dict[str, mmap.mmap] = {}
         self._index: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -65,10 +64,13 @@ class MappedReader(FileSystemReader):
             archive.seek(0)
             reader: Any = torch._C.PyTorchFileReader(archive)
             start = stored.offset + reader.get_record_offset(_ELEMENTS)
-            if stored.relative_path not in self._files:
-                self._files[stored.relative_path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        part = self._copy(self._files[stored.relative_path], start, shape, item)
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                part = self._copy(mapped, start, shape, item)
         target = planner.resolve_tensor(item).detach()
+        if part.shape != target.shape:
+            raise ValueError(
+                f"{path} holds {tuple(part.shape)} of {item.storage_index.fqn}, not {tuple(target.shape)}"
+            )
         target.copy_(part)
         planner.commit_tensor(item, target)
         return True
@@ -79,8 +81,7 @@ class MappedReader(FileSystemReader):
         whole = np.ndarray(shape.shape, dtype=bits, buffer=mapped, offset=start)
         pairs = zip(item.storage_offsets, item.lengths, strict=True)
         part = np.array(whole[tuple(slice(first, first + length) for first, length in pairs)], order="C")
-        if hasattr(mmap, "MADV_DONTNEED"):  # else what was read would count as this process's memory
-            mapped.madvise(mmap.MADV_DONTNEED)
+        del whole  # so that the map can be closed
         return torch.from_numpy(part).view(shape.dtype)
 
 

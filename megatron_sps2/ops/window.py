@@ -12,6 +12,8 @@ from megatron_sps2.ops.blocked import product
 
 # Queries whose keys are cut out together: more would read more keys that most of them do not see.
 BLOCK_QUERIES = 256
+# Scores of a KV head that are held at a time, at most, but for windows of more keys than that.
+MAX_SCORES = 1 << 22
 
 
 def attend_window(
@@ -23,8 +25,10 @@ def attend_window(
     sees none gives out 0 and lse -inf.
     """
     out, lse = q.new_zeros(q.shape), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
-    for start in range(0, len(q), BLOCK_QUERIES):
-        rows = slice(start, start + BLOCK_QUERIES)
+    group = q.shape[2] // k.shape[2]
+    size = max(1, min(BLOCK_QUERIES, MAX_SCORES // (group * min(window, max(1, len(k))))))
+    for start in range(0, len(q), size):
+        rows = slice(start, start + size)
         places = q_positions[rows]
         ends = torch.stack([places[0] - window, places[-1]])
         first, last = torch.searchsorted(k_positions, ends, right=True).tolist()
