@@ -83,7 +83,7 @@ FAMILY_MODELS = {
         model_type="mixtral",
         changes={"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     ),
-    "phi3": FamilyModel(model_type="phi3"),
+    "phi3": FamilyModel(model_type="phi3", changes={"sliding_window": 200}),
     "qwen2": FamilyModel(model_type="qwen2", changes={"tie_word_embeddings": True}),
     "qwen2-yarn": FamilyModel(model_type="qwen2", changes={"rope_parameters": YARN}),
     "qwen3": FamilyModel(model_type="qwen3", changes={"head_dim": 16}),

@@ -90,6 +90,7 @@ def test_zero_and_universal_give_the_same_bits(name: str, tp: int, stage: int, t
         make_universal(tmp_path / "zero" / "global_step1", tmp_path / "universal")
         for states in (tmp_path / "universal").glob("mp_rank_*"):
             content = torch.load(states, weights_only=False)
+            content["args"].vocab_size = None  # as with most tokenizers: DeepSpeed alone knows it
             torch.save({**content, "module": None}, states)  # so that only zero/ can be read
         assert is_same(tmp_path / "hf", tmp_path / "universal", tmp_path / "out-universal")
 

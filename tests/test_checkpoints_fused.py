@@ -124,7 +124,6 @@ def test_a_fused_weight_of_another_size_is_named(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sliding_window": 1023}, "sliding_window=1023 is not supported.*set max_position_embeddings=1023"),
         ({"partial_rotary_factor": 0.75}, "partial_rotary_factor=0.75 is not supported"),
         ({"rope_scaling": {"type": "longrope"}}, "rope_scaling of type 'longrope' is not supported"),
         # Older configs. transformers takes them for longrope.

@@ -186,6 +186,10 @@ def test_args_that_do_not_fit_the_weights_are_named(folders: dict[str, Path], tm
         ({"num_layers": 3}, "holds 2 layers of .*, not layer 2"),
         ({"qk_layernorm": True}, r"holds no decoder\.layers\.0\.self_attention\.q_layernorm\.weight"),
         ({"num_experts": 8}, r"holds no decoder\.layers\.0\.mlp\.router\.weight"),
+        ({"num_experts": [4]}, r"args\.num_experts=\[4\] is not supported"),
+        ({"no_rope_freq": 4}, r"args\.no_rope_freq=4 is not supported"),
+        ({"apply_residual_connection_post_layernorm": True}, "post_layernorm=True is not supported"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "'sinkhorn' is not supported"),
         ({"moe_grouped_gemm": True}, r"args\.moe_grouped_gemm=True is not supported"),
     ):
         args = make_args(model, "float32", 1, 1, padded=251)

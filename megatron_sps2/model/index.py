@@ -15,8 +15,8 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 INDEX = ".metadata"
-# What an index is made of, by the names that a pickle has for it. Names are looked up here and nowhere else: a
-# module that is allowed as a whole gives what it imports, too.
+# What an index is made of, by the names that a pickle has for it. Names are looked up here and nowhere else:
+# a module that is allowed as a whole gives what it imports, too.
 _DESCRIBE: dict[tuple[str, str], Any] = {
     **{
         (each.__module__, each.__qualname__): each
