@@ -133,7 +133,7 @@ def test_a_window_counts_only_where_it_is_used() -> None:
         ("mistral-window", {"window": 129}),
         ("gemma3", {"window_rotary_base": None}),
         ("gemma3", {"attention_scalar": None}),
-        ("gemma3", {"window": None, "window_layers": []}),
+        ("gemma3", {"window": 69}),
         ("qwen3-moe", {"experts_per_token": 2}),
     ],
 )
