@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints_tools.convert import convert
+from checkpoints_tools.convert import convert, reshard
+from checkpoints_tools.inspect import inspect
+from checkpoints_tools.verify import verify
 from tests.families import save_family
 from tests.sps2_command import sps2
 
@@ -59,10 +61,10 @@ def test_another_shape_is_a_difference_of_configs(models: Path, tmp_path: Path) 
 def test_a_checkpoint_cut_otherwise_is_the_same_model(models: Path, tmp_path: Path) -> None:
     done = sps2("reshard", models / "legacy", tmp_path / "whole", "--tp", 1, "--pp", 2)
     assert done.returncode == 0, done.stderr
-    assert json.loads(sps2("inspect", tmp_path / "whole", "--json").stdout)["shards"] == {"tp": 1, "pp": 2}
-    assert sps2("verify", models / "core", tmp_path / "whole").returncode == 0
-    again = sps2("reshard", models / "legacy", tmp_path / "whole", "--tp", 2)
-    assert again.returncode == 2 and "--force" in again.stderr
+    assert inspect(tmp_path / "whole")["shards"] == {"tp": 1, "pp": 2}
+    assert verify(models / "core", tmp_path / "whole").difference is None
+    with pytest.raises(FileExistsError):
+        reshard(models / "legacy", tmp_path / "whole", tp_size=2)
 
 
 def test_what_cannot_be_read_is_a_mistake_of_the_user(models: Path, tmp_path: Path) -> None:
