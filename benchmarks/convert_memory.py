@@ -59,7 +59,7 @@ def convert_here(arguments: list[str]) -> None:
         while not done.wait(0.01):
             peak = max(peak, anonymous_bytes())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)  # an error is an end
     watcher.start()
     start = time.perf_counter()
     assert main(["convert", *arguments]) == 0
