@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_sps2.model.index import saved_tensors
+from megatron_sps2.model.index import check_whole, saved_tensors
 from megatron_sps2.model.mapped_reader import MappedReader
 
 # Megatron saves the norms before a linear under the linear's name, as Transformer Engine fuses them.
@@ -48,6 +48,10 @@ class CoreReader:
     def read(self, name: str) -> Tensor:
         """A weight by its name in the model, "decoder.layers.3..."."""
         key, found, place = self._find(name)
+        try:
+            check_whole(key, found)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
         offsets = [*place, *[0] * (len(found.size) - len(place))]
         sizes = [*[1] * len(place), *found.size[len(place) :]]
         chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))

@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from checkpoints_tools.convert import convert
 from megatron_sps2.config import ModelConfig, ParallelConfig
 from megatron_sps2.model import checkpoint as checkpoint_module
 from megatron_sps2.model.checkpoint import load_weights, save_model
-from megatron_sps2.model.index import read_index
+from megatron_sps2.model.index import read_index, saved_tensors
 from megatron_sps2.model.manifest import MANIFEST_NAME, load_model_config, read_manifest
 from megatron_sps2.model.mapped_reader import MappedReader, _lies_in_order
 from megatron_sps2.model.spec import build_gpt
@@ -293,6 +295,53 @@ def test_a_hostile_index_reaches_nothing_through_a_module(tmp_path: Path) -> Non
     (tmp_path / ".metadata").write_bytes(ops)
     with pytest.raises(ValueError, match=r"it names torch\.distributed\.checkpoint\.filesystem\.torch"):
         read_index(tmp_path / ".metadata")
+    assert not (tmp_path / "evil").exists()
+
+
+def change_index(checkpoint: Path, name: str, change: Callable[[TensorStorageMetadata], None]) -> None:
+    path = checkpoint / "release" / ".metadata"
+    index = read_index(path)
+    change(saved_tensors(index)[name])
+    path.write_bytes(pickle.dumps(index))
+    manifest = json.loads((checkpoint / MANIFEST_NAME).read_text())
+    manifest["files"]["release/.metadata"] = path.stat().st_size
+    (checkpoint / MANIFEST_NAME).write_text(json.dumps(manifest))
+
+
+def drop_a_chunk(tensor: TensorStorageMetadata) -> None:
+    tensor.chunks.pop()
+
+
+def make_integers(tensor: TensorStorageMetadata) -> None:
+    tensor.properties.dtype = torch.int32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop_a_chunk, r"of the \d+ values of .*linear_proj.weight the files hold"),
+        (make_integers, "int32; only"),
+    ],
+)
+def test_a_weight_that_is_not_whole_or_no_weight_is_named(
+    change: Callable[[TensorStorageMetadata], None], message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    """What is not stored would be whatever the memory held, and nobody told."""
+    change_index(checkpoint, "decoder.layers.self_attention.linear_proj.weight", change)
+    with pytest.raises(RankFailed, match=message):
+        run_ranks(1, _logits, checkpoint)
+    with pytest.raises(ValueError, match=message):
+        convert(checkpoint, tmp_path / "hf", to="hf")
+
+
+def test_a_hostile_file_beside_the_index_runs_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    common = checkpoint / "release" / "common.pt"
+    torch.save({"more": Evil(tmp_path / "evil")}, common)
+    manifest = json.loads((checkpoint / MANIFEST_NAME).read_text())
+    manifest["files"]["release/common.pt"] = common.stat().st_size
+    (checkpoint / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(RankFailed, match="ValueError: checkpoint .* cannot be read"):
+        run_ranks(1, _logits, checkpoint)
     assert not (tmp_path / "evil").exists()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sps2.config import DType, ModelConfig, ParallelConfig
 from megatron_sps2.model.gpt import GptForward
-from megatron_sps2.model.index import INDEX, read_index, saved_tensors
+from megatron_sps2.model.index import INDEX, check_whole, read_index, saved_tensors
 from megatron_sps2.model.manifest import (
     CONVERT_AGAIN,
     TRACKER_NAME,
@@ -86,8 +87,8 @@ def load_weights(gpt: GPTModel, folder: str | Path, pg_collection: ProcessGroupC
         state = dist_checkpointing.load(
             sharded, weights, sharded_strategy=MappedLoad(), validate_access_integrity=False
         )
-    except CheckpointException as error:
-        raise ValueError(f"checkpoint {weights} cannot be read: {error}; {CONVERT_AGAIN}") from error
+    except (CheckpointException, pickle.UnpicklingError) as error:
+        raise ValueError(f"checkpoint {weights} cannot be read: {_reason(error)}; {CONVERT_AGAIN}") from error
     own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     gpt.load_state_dict(own, strict=True)
 
@@ -157,6 +158,14 @@ def _sharded_state(gpt: GPTModel, replicas: dist.ProcessGroup, with_extra_state:
     return {name: value for name, value in state.items() if not name.endswith(_EXTRA_STATE)}
 
 
+def _reason(error: BaseException) -> str:
+    """The first rank's trouble in a line; torch's own text has every rank's traceback."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (inner, _) = min(error.failures.items(), key=lambda item: item[0])
+        return f"rank {rank}: {inner}"
+    return str(error).split("\n")[0]
+
+
 def _read_in_place(sharded: ShardedStateDict) -> None:
     """Halves of a weight (gate and up) are read straight into it; Megatron would join them in a copy."""
 
@@ -172,10 +181,12 @@ def _read_in_place(sharded: ShardedStateDict) -> None:
 def _saved_shapes(weights: str) -> Shapes:
     """Megatron would unpickle the index, and run what is in it: it is looked at before."""
     try:
-        index = read_index(Path(weights) / INDEX)
+        saved = saved_tensors(read_index(Path(weights) / INDEX))
+        for name, tensor in saved.items():
+            check_whole(name, tensor)
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint {weights} cannot be read: {error}; {CONVERT_AGAIN}") from error
-    return {name: tuple(tensor.size) for name, tensor in saved_tensors(index).items()}
+    return {name: tuple(tensor.size) for name, tensor in saved.items()}
 
 
 def _expected_shapes(sharded: ShardedStateDict) -> Shapes:

@@ -14,6 +14,8 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_sps2.config import DTYPES
+
 INDEX = ".metadata"
 # What an index is made of, by the names that a pickle has for it. Names are looked up here and nowhere else:
 # a module that is allowed as a whole gives what it imports, too.
@@ -57,6 +59,15 @@ def saved_tensors(index: Metadata) -> dict[str, TensorStorageMetadata]:
     """By the names in the files."""
     found = index.state_dict_metadata
     return {name: each for name, each in found.items() if isinstance(each, TensorStorageMetadata)}
+
+
+def check_whole(name: str, tensor: TensorStorageMetadata) -> None:
+    """Raises ValueError for a tensor of a kind that is not served, or of which a part is not stored."""
+    if (kind := str(tensor.properties.dtype).removeprefix("torch.")) not in DTYPES:
+        raise ValueError(f"{name} is of dtype {kind}; only {', '.join(DTYPES)} are read")
+    stored = sum(chunk.sizes.numel() for chunk in tensor.chunks)
+    if stored != tensor.size.numel():  # what is not stored would be whatever the memory held
+        raise ValueError(f"of the {tensor.size.numel()} values of {name} the files hold {stored}")
 
 
 class _Restricted(pickle.Unpickler):
