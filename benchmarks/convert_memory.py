@@ -95,7 +95,7 @@ def main() -> None:
                 "--here",
                 *arguments,
             ]
-            done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
             _, peak, seconds = next(
                 line for line in done.stdout.splitlines() if line.startswith("RESULT")
             ).split()
