@@ -63,7 +63,7 @@ def model_config(args: Any, path: Path) -> ModelConfig:
         return ModelConfig(
             num_layers=int(values["num_layers"]),
             hidden_size=hidden,
-            **_mlp(values),
+            **_mlp(values, path),
             num_attention_heads=heads,
             num_query_groups=int(groups or heads),
             head_dim=int(values.get("kv_channels") or hidden // heads),
@@ -85,12 +85,13 @@ def model_config(args: Any, path: Path) -> ModelConfig:
         raise ValueError(f"{path}: args has no {error.args[0]!r}, which names the model's shape") from None
 
 
-def _mlp(values: dict[str, Any]) -> dict[str, Any]:
+def _mlp(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """Megatron-DeepSpeed counts the experts of each layer, in a list; its mixtures are called otherwise."""
     if values.get("num_experts") in (None, 0, [1]):
         return {"ffn_hidden_size": int(values["ffn_hidden_size"])}
     if not isinstance(values["num_experts"], int):
-        raise ValueError(f"args.num_experts={values['num_experts']!r} is not supported; only a number is")
+        found = values["num_experts"]
+        raise ValueError(f"{path}: args.num_experts={found!r} is not supported; only a number is")
     return {
         "ffn_hidden_size": int(values.get("moe_ffn_hidden_size") or values["ffn_hidden_size"]),
         "num_experts": int(values["num_experts"]),
