@@ -138,6 +138,7 @@ def _front_end_main(config: FrontEndConfig) -> int:
 def serve_rank(args: argparse.Namespace) -> int:
     """On every rank; ends when the front end says so."""
     from megatron_sps2.engine.build import build_engine
+    from megatron_sps2.engine.start_up import in_words
     from megatron_sps2.parallel.trace import Trace
     from megatron_sps2.server.pulse import Pulse
 
@@ -145,6 +146,9 @@ def serve_rank(args: argparse.Namespace) -> int:
     try:
         engine = build_engine(_serve_config(args))
         rank = engine.place.rank
+        if rank == 0:
+            took = in_words(engine.start_up)
+            print(f"loaded {args.checkpoint} in {took}", file=sys.stderr, flush=True)
         engine.ledger.trace = Trace() if args.trace else None
         with Pulse(engine, args.endpoints.beats):
             _follow_or_lead(args, engine)

@@ -6,7 +6,6 @@ Compares what the ranks were told before anything is built: two configs never me
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from dataclasses import asdict, fields
 from datetime import timedelta
@@ -25,7 +24,7 @@ from megatron_sps2.engine.engine import Engine, Place
 from megatron_sps2.engine.engine_config import EngineConfig
 from megatron_sps2.engine.runner import Runner
 from megatron_sps2.engine.scheduler import Scheduler
-from megatron_sps2.engine.start_up import StartUp, in_words
+from megatron_sps2.engine.start_up import StartUp
 from megatron_sps2.model.checkpoint import load_gpt
 from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.model.heap import keep_freed_memory
@@ -35,8 +34,6 @@ from megatron_sps2.parallel.groups import ParallelGroups, world_axis
 from megatron_sps2.parallel.ledger import Ledger
 from megatron_sps2.parallel.mailbox import open_mailbox
 from megatron_sps2.parallel.traffic import Traffic
-
-logger = logging.getLogger(__name__)
 
 __all__ = ["EngineConfig", "assemble", "build_engine", "compare_ranks"]
 
@@ -66,8 +63,6 @@ def build_engine(config: EngineConfig) -> Engine:
     engine = assemble(config, groups, forward, context)
     mine = StartUp.now(loaded - start, forward.weight_bytes)
     engine.start_up = gather_objects(mine, groups.world)
-    if groups.world.rank == 0:
-        logger.info("loaded %s in %s", config.checkpoint, in_words(engine.start_up))
     return engine
 
 
