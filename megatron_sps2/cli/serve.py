@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
 DEFAULT_CACHE_GIB = 2.0
 FRONT_END_GRACE_S = 10.0
+
+# Seconds in which the end of a process is told before what it did to others.
+NAME_FIRST_S = 1.0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -153,6 +157,8 @@ def serve_rank(args: argparse.Namespace) -> int:
         with Pulse(engine, args.endpoints.beats):
             _follow_or_lead(args, engine)
     except Exception as error:
+        # A connection that broke shows that some rank ended; whoever sees the process end can name it.
+        time.sleep(NAME_FIRST_S)
         tell_lost(args.endpoints.beats, f"rank {rank}: {error}")
         raise
     _write_trace(args, engine)
