@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -126,7 +127,7 @@ def start(*command: object, **extra: str) -> subprocess.Popen[str]:
         (("--dtype", "bfloat16"), "dtype='bfloat16' but rank 0 has 'float32'"),
     ],
 )
-def test_two_ranks_with_different_settings_both_say_what_differs(
+def test_two_ranks_with_different_settings_end_and_rank_0_says_what_differs(
     checkpoint: Path, ids: Path, tmp_path: Path, flags: tuple[str, ...], difference: str
 ) -> None:
     common = (*SPS2, "generate", "--checkpoint", checkpoint, "--sp", 2, "--prompt-ids", ids)
@@ -137,7 +138,7 @@ def test_two_ranks_with_different_settings_both_say_what_differs(
             # The first wait includes the start of both; the second rank must not hang once one has ended.
             out, err = process.communicate(timeout=NOTICE_S if rank else START_S)
             assert (process.returncode, out) == (1, ""), err
-            assert f"[rank {rank} of 2] rank 1 has {difference}" in err
+            assert (f"sps2: error: rank 1 has {difference}" in err) == (rank == 0), err
     finally:
         for process in ranks:
             process.kill()
@@ -194,13 +195,15 @@ def await_prefill(process: subprocess.Popen[str]) -> None:
 
 def test_a_rank_that_falls_silent_in_mid_prefill_ends_the_run(checkpoint: Path, tmp_path: Path) -> None:
     """Stopped, not dead: its connections stay open, so that only the time limit can tell."""
-    run = start(*SPS2, *long_prompt(checkpoint, tmp_path), "--timeout-s", 5)
+    run = start(*SPS2, *long_prompt(checkpoint, tmp_path), "--heartbeat-timeout-s", 5)
     family = await_ranks(run)
     await_prefill(run)
     family[1].send_signal(signal.SIGSTOP)
     out, err = run.communicate(timeout=NOTICE_S)
     assert (run.returncode, out) == (1, "") and "prefill: layer 5 of 6" not in err
-    assert "[rank 0 of 2]" in err and f"sps2: rank 0 (pid {family[0].pid}) exited with code 1" in err
+    named = f"sps2: error: [rank 0 of 2] rank 1 (pid {family[1].pid} on {socket.gethostname()}) has been silent"
+    assert named in err and "last heard in step " in err and ", prefill, layer " in err, err
+    assert f"sps2: rank 0 (pid {family[0].pid}) exited with code 1" in err
     assert psutil.wait_procs(family, timeout=10)[1] == []
 
 

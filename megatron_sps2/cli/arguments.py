@@ -16,6 +16,10 @@ from megatron_sps2.config import (
 )
 from megatron_sps2.csa_setting import CALIBRATION_NAME, PRESETS, CsaSetting, choose_setting
 
+# add_launch's values where there is one rank.
+ALONE = {"timeout_s": 300.0, "rendezvous_timeout_s": 120.0, "heartbeat_timeout_s": 10.0}
+ALONE |= {"bind_cores": False, "allow_tp_across_nodes": False}
+
 Commands = Any  # argparse does not export the type of add_subparsers()
 
 
@@ -268,13 +272,54 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         help="from 1,024 tokens on, overlap the exchange of a head chunk with the attention of another; same "
         "result (default: on)",
     )
+    add_launch(parser)
+
+
+def add_launch(parser: argparse.ArgumentParser) -> None:
+    """How ranks find each other, where they sit, and when one counts as lost."""
+    group = parser.add_argument_group("launch and failure")
+    group.add_argument(
+        "--rendezvous-timeout-s",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="how long rank 0 waits for all ranks to come before it says who is absent",
+    )
+    group.add_argument(
+        "--heartbeat-timeout-s",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="a rank that is silent for so long is lost: all others name it and end; one that dies is "
+        "noticed at once",
+    )
     group.add_argument(
         "--timeout-s",
         type=float,
         default=300,
         metavar="S",
-        help="a collective that takes longer ends the run; a rank that dies is noticed at once",
+        help="a collective that takes longer ends the run, though all ranks live",
     )
+    group.add_argument(
+        "--bind-cores",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="each rank keeps to its own cores, of one NUMA node where it can (default: on, unless the "
+        "launcher has bound ranks already)",
+    )
+    group.add_argument(
+        "--allow-tp-across-nodes",
+        action="store_true",
+        help="let a tensor-parallel group span nodes, though it exchanges in every layer",
+    )
+
+
+def check_launch(args: argparse.Namespace) -> None:
+    """Raises ValueError for a time-out that is none."""
+    for name in ("rendezvous_timeout_s", "heartbeat_timeout_s", "timeout_s"):
+        value = getattr(args, name)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be a number of seconds above 0")
 
 
 def _add_csa_setting(parser: argparse._ActionsContainer) -> None:
@@ -345,7 +390,7 @@ def finish(parser: argparse.ArgumentParser) -> None:
 def _finish_alone(parser: argparse.ArgumentParser) -> None:
     """Of a command that measures on one rank of the CPU."""
     _add_log_level(parser)
-    parser.set_defaults(sp=1, tp=1, device="cpu", timeout_s=300.0)
+    parser.set_defaults(sp=1, tp=1, device="cpu", **ALONE)
 
 
 def _add_log_level(parser: argparse.ArgumentParser) -> None:

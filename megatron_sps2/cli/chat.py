@@ -47,6 +47,7 @@ def _chat(args: argparse.Namespace) -> int:
 
     longest = from_first_rank(measure)
     engine = build_engine(engine_config(args, longest))
+    args.heart.watch(engine.ledger.activity)
     if not engine.is_leader:
         engine.follow()
         return 0

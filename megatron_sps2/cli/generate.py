@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING
 
 from megatron_sps2.cli.arguments import (
     attention_config,
+    check_launch,
     check_size_flags,
     csa_setting,
     parallel_config,
     sampling_params,
 )
-from megatron_sps2.cli.process import speaks_for_all
 from megatron_sps2.cli.world import in_world
 from megatron_sps2.config import ScheduleConfig
 from megatron_sps2.engine.engine_config import EngineConfig
 from megatron_sps2.model.manifest import load_model_config, read_manifest
+from megatron_sps2.parallel.shared_error import mark_shared
 
 if TYPE_CHECKING:
     from megatron_sps2.cli.report import Report
@@ -64,8 +65,7 @@ def check_engine_flags(args: argparse.Namespace) -> None:
         sp_size=args.sp,
         num_past=0,
     )
-    if not 0 < args.timeout_s < float("inf"):
-        raise ValueError(f"--timeout-s {args.timeout_s} must be a number of seconds above 0")
+    check_launch(args)
 
 
 def engine_config(args: argparse.Namespace, max_model_len: int) -> EngineConfig:
@@ -99,6 +99,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     prompt_ids, longest = from_first_rank(prepare)
     engine = build_engine(engine_config(args, longest))
+    args.heart.watch(engine.ledger.activity)
     if engine.is_leader:
         return _lead(args, engine, prompt_ids, tokenizer)
     engine.follow()
@@ -177,7 +178,7 @@ def _lead(
         request = engine.add_request(prompt_ids, sampling_params(args))
     except ValueError as error:
         _send_home(engine)
-        speaks_for_all(error)
+        mark_shared(error)
         raise
     try:
         text = stream_answer(engine, request, tokenizer, show=not args.json)

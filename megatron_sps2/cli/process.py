@@ -11,6 +11,7 @@ import sys
 import warnings
 
 from megatron_sps2.parallel.rank_env import launched_rank
+from megatron_sps2.parallel.shared_error import is_shared
 
 USER_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
 LOG_FORMAT = "%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
@@ -30,25 +31,20 @@ def set_logging(level: str) -> None:
     os.environ["PYTHONWARNINGS"] = ",".join(f"ignore::{kind.__name__}" for kind in LIBRARY_WARNINGS)
 
 
-def speaks_for_all(error: ValueError) -> None:
-    """Marks a user's mistake that one rank found after it has sent the others home: it alone reports it."""
-    error.shared_by_all_ranks = True  # type: ignore[attr-defined]
-
-
 def report(error: Exception) -> int:
     """One line on stderr, with the traceback at --log-level debug; the exit code.
 
-    In a world that is up only an error that is marked `shared_by_all_ranks` is the user's, and rank 0 alone
+    In a world that is up only an error that is marked shared by all ranks is the user's, and rank 0 alone
     prints it. Any other may have come on this rank only: it is printed here, and is a run that failed.
     """
     logging.getLogger(__name__).debug("failed", exc_info=error)
-    place, is_shared = launched_rank(), getattr(error, "shared_by_all_ranks", False)
-    is_users = _is_users(error) and (is_shared or not _world_is_up())
-    if place is None or place[0] == 0 or not is_shared:
+    place, shared = launched_rank(), is_shared(error)
+    is_users = _is_users(error) and (shared or not _world_is_up())
+    if place is None or place[0] == 0 or not shared:
         text = str(error) or type(error).__name__
         if not isinstance(error, (ValueError, OSError, RuntimeError)):
             text = f"{type(error).__name__}: {text}"
-        label = "[rank {} of {}] ".format(*place) if place and not is_shared else ""
+        label = "[rank {} of {}] ".format(*place) if place and not shared else ""
         # One write, so that lines of two ranks never mix.
         sys.stderr.write(f"sps2: error: {label}{text}\n")
         sys.stderr.flush()

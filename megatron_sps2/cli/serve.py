@@ -15,7 +15,6 @@ import socket
 import sys
 import tempfile
 import threading
-import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -39,9 +38,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CACHE_GIB = 2.0
 FRONT_END_GRACE_S = 10.0
-
-# Seconds in which the end of a process is told before what it did to others.
-NAME_FIRST_S = 1.0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -147,8 +143,10 @@ def serve_rank(args: argparse.Namespace) -> int:
     from megatron_sps2.server.pulse import Pulse
 
     rank = 0
+    args.heart.when_lost(lambda message: tell_lost(args.endpoints.beats, message))
     try:
         engine = build_engine(_serve_config(args))
+        args.heart.watch(engine.ledger.activity)
         rank = engine.place.rank
         if rank == 0:
             took = in_words(engine.start_up)
@@ -157,10 +155,9 @@ def serve_rank(args: argparse.Namespace) -> int:
         with Pulse(engine, args.endpoints.beats):
             _follow_or_lead(args, engine)
     except Exception as error:
-        # A connection that broke shows that some rank ended; whoever sees the process end can name it.
-        time.sleep(NAME_FIRST_S)
-        tell_lost(args.endpoints.beats, f"rank {rank}: {error}")
-        raise
+        named = args.heart.named(error)
+        tell_lost(args.endpoints.beats, str(named) if named is not error else f"rank {rank}: {error}")
+        raise named from error
     _write_trace(args, engine)
     return 0
 

@@ -143,13 +143,6 @@ def _add_robustness(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="on SIGTERM, how long running requests may take to finish",
     )
-    group.add_argument(
-        "--heartbeat-timeout-s",
-        type=float,
-        default=5.0,
-        metavar="S",
-        help="a rank that is silent for so long is lost: clients get an error and the server exits with 1",
-    )
 
 
 def schedule_config(args: argparse.Namespace) -> ScheduleConfig:
@@ -181,7 +174,6 @@ def check_limits(args: argparse.Namespace) -> None:
     for name in (
         "max_body_mib",
         "drain_timeout_s",
-        "heartbeat_timeout_s",
         "request_timeout_s",
         "kv_cache_gib",
     ):

@@ -8,19 +8,26 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from megatron_sps2.cli.arguments import parallel_config
-from megatron_sps2.cli.process import USER_ERROR, report, set_logging
+from megatron_sps2.cli.process import RUN_ERROR, USER_ERROR, report, set_logging
+from megatron_sps2.parallel.hello import Hello, own_hello
 from megatron_sps2.parallel.local_world import Companion, run_local_world
+from megatron_sps2.parallel.nodes import bind, check_tp_inside_nodes, own_cores
 from megatron_sps2.parallel.rank_env import (
     RankEnv,
     init_process_group,
     limit_shape_caches,
     threads_per_rank,
 )
+from megatron_sps2.parallel.rendezvous import meet, open_store
 
+# A rank that hears of another's end may hear it from its collective too, and then ends by itself.
+WAKE_S = 2.0
+LEAVE_S = 10.0
 PRELOAD = ("torch.distributed", "megatron_sps2.engine.build")
 Body = Callable[[argparse.Namespace], int]
 Check = Callable[[argparse.Namespace], None]
@@ -66,27 +73,64 @@ def _rank_main(args: argparse.Namespace, body: Body) -> int:
 
 
 def _run_rank(args: argparse.Namespace, body: Body, env: RankEnv, check: Check | None = None) -> int:
+    """This rank's whole life; `args.heart` is its heartbeat. Raises what ended it, or names who was lost."""
     limit_shape_caches(os.environ)
-    import torch
     import torch.distributed as dist
 
     from megatron_sps2.parallel.collectives import agree
+    from megatron_sps2.parallel.heartbeat import Heartbeat
 
-    args.device = pick_device(args.device, env.local_rank)
-    if args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads_per_rank(env.local_world_size))
-    backend = "nccl" if args.device.startswith("cuda") else "gloo"
-    init_process_group(env, backend, timedelta(seconds=args.timeout_s))
-    if check:
-        agree(functools.partial(_check, args, env, check))
-    code = body(args)
-    dist.destroy_process_group()
+    store = open_store(env, args.rendezvous_timeout_s)
+    hellos = meet(env, store, own_hello(env), args.rendezvous_timeout_s)
+    with Heartbeat(
+        env,
+        store,
+        hellos,
+        start_s=args.rendezvous_timeout_s,
+        silent_s=args.heartbeat_timeout_s,
+        on_lost=lambda message: _end(args, message),
+    ) as args.heart:
+        try:
+            args.device = pick_device(args.device, env.local_rank)
+            _settle_cores(args, hellos[env.rank], hellos)
+            backend = "nccl" if args.device.startswith("cuda") else "gloo"
+            init_process_group(env, backend, timedelta(seconds=args.timeout_s), store)
+            if check:
+                agree(functools.partial(_check, args, env, hellos, check))
+            code = body(args)
+            dist.destroy_process_group()
+        except Exception as error:
+            raise args.heart.named(error) from error
     return code
 
 
-def _check(args: argparse.Namespace, env: RankEnv, check: Check) -> None:
-    env.check_world(parallel_config(args))
+def _check(args: argparse.Namespace, env: RankEnv, hellos: Sequence[Hello], check: Check) -> None:
+    parallel = parallel_config(args)
+    env.check_world(parallel)
+    if not args.allow_tp_across_nodes:
+        check_tp_inside_nodes(parallel, hellos)
     check(args)
+
+
+def _settle_cores(args: argparse.Namespace, mine: Hello, hellos: Sequence[Hello]) -> None:
+    """This rank's own cores, and as many threads as it has of them."""
+    import torch
+
+    cores = own_cores(mine, hellos) if args.bind_cores else None
+    if cores:
+        bind(cores)
+    if args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        num_local = sum(each.node == mine.node for each in hellos)
+        torch.set_num_threads(len(cores) if cores else threads_per_rank(num_local))
+
+
+def _end(args: argparse.Namespace, message: str) -> None:
+    """Another rank was lost; this one may be waiting for it where nothing can wake it."""
+    time.sleep(WAKE_S)
+    if args.heart.is_leaving:
+        time.sleep(LEAVE_S)
+        os._exit(RUN_ERROR)
+    os._exit(report(RuntimeError(message)))
 
 
 def pick_device(wanted: str, local_rank: int) -> str:

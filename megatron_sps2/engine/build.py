@@ -33,6 +33,7 @@ from megatron_sps2.parallel.collectives import Wire, gather_objects, leave_toget
 from megatron_sps2.parallel.groups import ParallelGroups, world_axis
 from megatron_sps2.parallel.ledger import Ledger
 from megatron_sps2.parallel.mailbox import open_mailbox
+from megatron_sps2.parallel.shared_error import mark_shared
 from megatron_sps2.parallel.traffic import Traffic
 
 __all__ = ["EngineConfig", "assemble", "build_engine", "compare_ranks"]
@@ -151,9 +152,11 @@ def compare_ranks(config: EngineConfig) -> None:
         for name, value in other.items():
             if value != everybody[0].get(name):
                 leave_together()
-                raise RuntimeError(
-                    f"rank {rank} has {name}={value!r} but rank 0 has {everybody[0].get(name)!r}; start "
-                    "every rank with the same flags, checkpoint and installed versions"
+                raise mark_shared(
+                    RuntimeError(
+                        f"rank {rank} has {name}={value!r} but rank 0 has {everybody[0].get(name)!r}; start "
+                        "every rank with the same flags, checkpoint and installed versions"
+                    )
                 )
 
 

@@ -217,7 +217,9 @@ class Engine:
 
     def _run(self, plan: StepPlan) -> StepResult:
         start, before = time.time(), time.perf_counter()
+        self.ledger.activity.begin_step()
         result = self._runner.run(plan)
+        self.ledger.activity.end_step()
         self.num_used_blocks = self._runner.num_used_blocks
         if self.observe:
             self.observe(plan, start, time.perf_counter() - before)

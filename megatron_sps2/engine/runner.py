@@ -169,6 +169,7 @@ class Runner:
         self._context.step = steps[0] if len(steps) == 1 else BatchStep(steps, rows)
         hidden, angles = (torch.cat(x) for x in zip(*((p.hidden, p.angles) for p in parts), strict=True))
         for layer in range(first, last):
+            self._sp.ledger.activity.layer = layer
             with self._span(f"layer {layer}", "layers"):
                 hidden = self._forward.layer(layer, hidden, angles)
         self._context.step = None

@@ -17,9 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sps2.parallel.activity import Activity
 from megatron_sps2.parallel.groups import Axis, world_axis
 from megatron_sps2.parallel.ledger import Ledger
 from megatron_sps2.parallel.mailbox import Mailbox
+from megatron_sps2.parallel.shared_error import mark_shared
 from megatron_sps2.parallel.trace import Trace
 
 T = TypeVar("T")
@@ -58,15 +60,17 @@ class Handle(Generic[T]):
         work: Work | None,
         sent: Tensor,
         done: Callable[[], None] | None = None,
+        activity: Activity | None = None,
     ) -> None:
-        """`done` is called when everything has arrived."""
+        """`done` is called when everything has arrived; `activity` says meanwhile that this rank waits."""
         self._received, self._finish, self._work, self._sent = received, finish, work, sent
-        self._done = done
+        self._done, self._activity = done, activity
 
     def wait(self) -> T:
         """Call once, in the function that holds the handle."""
         if self._work is not None:
-            self._work.wait()
+            with self._activity.waiting() if self._activity else contextlib.nullcontext():
+                self._work.wait()
         if self._done is not None:
             self._done()
         result = self._finish(self._received)
@@ -95,7 +99,7 @@ def all_to_all(
         work = dist.all_to_all_single(
             received, send, list(recv_numels), numels, group=axis.group, async_op=True
         )
-    return Handle(received, finish, work, send, _traced(wire.ledger.trace, name))
+    return Handle(received, finish, work, send, _traced(wire.ledger.trace, name), wire.ledger.activity)
 
 
 def _traced(trace: Trace | None, name: str) -> Callable[[], None] | None:
@@ -297,7 +301,7 @@ def agree(check: Callable[[], T]) -> T:
     for rank, found in enumerate(gather_objects(problem, world_axis())):
         if found is not None:
             leave_together()
-            raise _shared(type(found)(str(found) if rank == 0 else f"rank {rank}: {found}"))
+            raise mark_shared(type(found)(str(found) if rank == 0 else f"rank {rank}: {found}"))
     return result
 
 
@@ -312,7 +316,7 @@ def from_first_rank(make: Callable[[], T]) -> T:
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         leave_together()
-        raise _shared(box[1])
+        raise mark_shared(box[1])
     value: T = box[0]
     return value
 
@@ -321,12 +325,6 @@ def leave_together() -> None:
     """Before all ranks raise alike: one that ends first would break a collective others are still in."""
     with contextlib.suppress(RuntimeError):  # A rank that is gone has told why.
         dist.barrier()
-
-
-def _shared(error: Exception) -> Exception:
-    """Marks an error that every rank raises alike, so that one of them may speak for all."""
-    error.shared_by_all_ranks = True  # type: ignore[attr-defined]
-    return error
 
 
 def _as_is(x: Tensor) -> Tensor:

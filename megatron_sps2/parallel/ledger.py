@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from megatron_sps2.parallel.activity import Activity
 from megatron_sps2.parallel.trace import Trace
 
 
@@ -18,6 +19,7 @@ class Ledger:
     def __init__(self) -> None:
         # Where collectives are told with their times too; None: nowhere.
         self.trace: Trace | None = None
+        self.activity = Activity()
         self._bytes: dict[tuple[str, str], int] = defaultdict(int)
         self._phase = "setup"
 
@@ -25,6 +27,7 @@ class Ledger:
     def phase(self, name: str) -> Iterator[None]:
         """Books everything sent inside the block under `name` ('prefill', 'decode', ...)."""
         before, self._phase = self._phase, name
+        self.activity.phase = name
         try:
             yield
         finally:
@@ -32,6 +35,7 @@ class Ledger:
 
     def add(self, collective: str, num_bytes: int) -> None:
         self._bytes[self._phase, collective] += num_bytes
+        self.activity.collective = collective
 
     @property
     def total_sent(self) -> int:

@@ -11,9 +11,13 @@ import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from megatron_sps2.config import ParallelConfig
 from megatron_sps2.parallel import slurm
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 Environ = Mapping[str, str]
 # Where our own spawner, torchrun or deepspeed, and Open MPI say (rank, world size).
@@ -121,18 +125,23 @@ def threads_per_rank(local_world_size: int) -> int:
     return max(1, cores // local_world_size)
 
 
-def init_process_group(env: RankEnv, backend: str, timeout: timedelta) -> None:
+def init_process_group(env: RankEnv, backend: str, timeout: timedelta, store: Store | None = None) -> None:
     """Starts torch.distributed for `env`; every rank of the world calls it once.
+
+    Over a `store` in which the ranks have met, or over one that it opens itself.
 
     Never deepspeed.init_distributed: on CPU it compiles a C++ op for a minute first and looks hung.
     """
     import torch.distributed as dist
 
-    alone = env.world_size == 1
+    if store is None and env.world_size == 1:
+        store = dist.HashStore()
+    if store is not None:
+        store.set_timeout(timeout)
     dist.init_process_group(
         backend,
-        init_method=None if alone else env.init_method,
-        store=dist.HashStore() if alone else None,
+        init_method=env.init_method if store is None else None,
+        store=store,
         rank=env.rank,
         world_size=env.world_size,
         timeout=timeout,

@@ -23,7 +23,7 @@ class FrontEndConfig:
     max_body_bytes: int = 32 << 20
     max_prompts_per_request: int = 128
     max_n: int = 64
-    heartbeat_timeout_s: float = 5.0
+    heartbeat_timeout_s: float = 10.0
     drain_timeout_s: float = 30.0
     request_timeout_s: float | None = None
     default_max_tokens: int = 16

@@ -1,0 +1,95 @@
+"""Which ranks share a machine, and what follows: tp inside a node, cores for each rank. Plain values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_sps2.config import ParallelConfig
+from megatron_sps2.parallel.hello import Hello
+
+Cores = tuple[int, ...]
+NUMA_NODES = Path("/sys/devices/system/node")
+CPUS = Path("/sys/devices/system/cpu")
+
+
+def check_tp_inside_nodes(parallel: ParallelConfig, hellos: Sequence[Hello]) -> None:
+    """Raises ValueError for a tp group whose ranks lie on several nodes: tp talks twice in every layer."""
+    for first in range(0, len(hellos), parallel.tp_size):
+        group = hellos[first : first + parallel.tp_size]
+        if len({each.node for each in group}) > 1:
+            hosts = ", ".join(f"rank {each.rank} on {each.host}" for each in group)
+            fewest = min(_ranks_per_node(hellos).values())
+            raise ValueError(
+                f"tp_size={parallel.tp_size} would cross nodes ({hosts}), and tp exchanges in every layer; "
+                f"use --tp {fewest} or a divisor of it and spread the rest over --sp, or allow it by "
+                "--allow-tp-across-nodes"
+            )
+
+
+def _ranks_per_node(hellos: Sequence[Hello]) -> dict[tuple[str, str], int]:
+    counts: dict[tuple[str, str], int] = {}
+    for hello in hellos:
+        counts[hello.node] = counts.get(hello.node, 0) + 1
+    return counts
+
+
+def own_cores(mine: Hello, hellos: Sequence[Hello]) -> Cores | None:
+    """The cores that this rank should keep to; None where it had better be left alone.
+
+    Ranks of a node that may all run on the same cores get neighbouring ones of equal number, of one NUMA node
+    where they can. A launcher that gave them different cores has bound them already.
+    """
+    local = [each for each in hellos if each.node == mine.node]
+    if len({each.cores for each in local}) > 1 or len(mine.cores) < len(local) or len(local) == 1:
+        return None
+    place = [each.rank for each in local].index(mine.rank)
+    return split_cores(in_order(mine.cores), len(local), numa_nodes())[place]
+
+
+def split_cores(cores: Cores, num_ranks: int, numa: Sequence[Cores]) -> list[Cores]:
+    """`cores` for each of `num_ranks` ranks, none shared; ranks are dealt to NUMA nodes in blocks."""
+    nodes = [tuple(core for core in cores if core in node) for node in numa]
+    nodes = [node for node in nodes if node]
+    is_even = nodes and sum(map(len, nodes)) == len(cores) and num_ranks % len(nodes) == 0
+    per_node = num_ranks // len(nodes) if is_even else 0
+    if not per_node or any(len(node) < per_node for node in nodes):
+        nodes, per_node = [cores], num_ranks
+    return [part for node in nodes for part in _equal_parts(node, per_node)]
+
+
+def _equal_parts(cores: Cores, count: int) -> list[Cores]:
+    size = len(cores) // count
+    return [cores[i * size : (i + 1) * size] for i in range(count)]
+
+
+def in_order(cores: Cores, folder: Path = CPUS) -> Cores:
+    """Hardware threads of one core side by side, so that two ranks do not share a core."""
+
+    def place(core: int) -> tuple[int, ...]:
+        names = ("physical_package_id", "core_id")
+        files = [folder / f"cpu{core}" / "topology" / name for name in names]
+        return (*(int(file.read_text()) if file.is_file() else 0 for file in files), core)
+
+    return tuple(sorted(cores, key=place))
+
+
+def numa_nodes(folder: Path = NUMA_NODES) -> list[Cores]:
+    """The cores of each NUMA node, as Linux tells; none elsewhere."""
+    lists = sorted(folder.glob("node[0-9]*/cpulist"), key=lambda path: int(path.parent.name[4:]))
+    return [cores for cores in (_expand(path.read_text()) for path in lists) if cores]
+
+
+def _expand(text: str) -> Cores:
+    """'0-3,8' -> (0, 1, 2, 3, 8)"""
+    found: list[int] = []
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(found)
+
+
+def bind(cores: Cores) -> None:
+    """This thread and those it starts from now on keep to `cores`."""
+    os.sched_setaffinity(0, cores)
