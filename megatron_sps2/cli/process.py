@@ -25,6 +25,7 @@ def set_logging(level: str) -> None:
     logging.basicConfig(level=level.upper(), format=LOG_FORMAT.format(rank=rank), force=True)
     if level == "debug" or sys.warnoptions:  # the user has chosen, by -W or PYTHONWARNINGS
         return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for kind in LIBRARY_WARNINGS:
         warnings.simplefilter("ignore", kind)
     # For the processes we start: ranks, and the writers of a checkpoint.

@@ -30,7 +30,8 @@ POLL_S = 0.05
 TELL_S = 15.0
 # Others wait for rank 0's verdict a little longer than it waits for them.
 GRACE_S = 5.0
-VERDICT = "sps2/verdict"
+READ_S = 2.0
+VERDICT, READ = "sps2/verdict", "sps2/read"
 
 
 def open_store(env: RankEnv, timeout_s: float) -> Store:
@@ -132,6 +133,8 @@ def meet(env: RankEnv, store: Store, hello: Hello, timeout_s: float) -> list[Hel
     if env.rank == 0:
         problem, hellos = _receive(store, hello, timeout_s)
         store.set(VERDICT, json.dumps({"problem": problem, "hellos": [each.encode() for each in hellos]}))
+        if problem:  # The store ends with this process: not before those who are here have read it.
+            _wait_until(lambda: store.add(READ, 0) >= _num_here(store, env.world_size) - 1, READ_S)
     else:
         problem, hellos = _await_verdict(store, hello, timeout_s)
     if problem:
@@ -187,6 +190,7 @@ def _await_verdict(store: Store, mine: Hello, timeout_s: float) -> tuple[str | N
         state = "came and went silent" if came else f"did not come within {timeout_s + GRACE_S:g} s"
         raise RuntimeError(f"rank 0 {state}; {mine.name} waited for it: see what rank 0's log says")
     verdict = json.loads(store.get(VERDICT))
+    store.add(READ, 1)
     hellos = [Hello.decode(text) for text in verdict["hellos"]]
     if not verdict["problem"] and mine.world_size != len(hellos):
         raise RuntimeError(
@@ -194,6 +198,10 @@ def _await_verdict(store: Store, mine: Hello, timeout_s: float) -> tuple[str | N
             "start all ranks with the same number of nodes and ranks a node"
         )
     return verdict["problem"], hellos
+
+
+def _num_here(store: Store, world_size: int) -> int:
+    return sum(store.check([_hello_key(rank)]) for rank in range(world_size))
 
 
 def _wait_until(reached: Callable[[], bool], seconds: float) -> bool:
