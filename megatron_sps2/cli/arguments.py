@@ -50,12 +50,30 @@ def add_chat(commands: Commands, name: str) -> None:
 
 
 def add_doctor(commands: Commands, name: str) -> None:
-    parser = command(commands, name, "print what is installed, the ranks, and the memory a checkpoint needs")
+    parser = command(
+        commands, name, "print what is installed, the ranks, the memory a checkpoint needs; check a cluster"
+    )
     _add_checkpoint(parser, required=False)
     _add_parallel(parser)
+    add_replicas(parser)
     _add_memory(parser, longest="max_seq_len of the model")
+    _add_world(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else")
     finish(parser)
+
+
+def _add_world(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("check of a cluster")
+    group.add_argument(
+        "--world",
+        action="store_true",
+        help="start all ranks and measure between them: who reaches whom, latency and bandwidth of each "
+        "axis, clocks, versions, memory; exit code 1 for a problem",
+    )
+    group.add_argument(
+        "--megabytes", type=float, default=32, metavar="N", help="size of the large messages, of a rank"
+    )
+    _add_timeout(group)
 
 
 def add_csa(commands: Commands, name: str) -> None:
@@ -268,7 +286,21 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         help="from 1,024 tokens on, overlap the exchange of a head chunk with the attention of another; same "
         "result (default: on)",
     )
-    group.add_argument(
+    _add_timeout(group)
+
+
+def add_replicas(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        *("--dp", "--data-parallel-size"),
+        type=int,
+        default=1,
+        metavar="D",
+        help="replicas of the model, each on sp x tp ranks; requests go to the least busy one",
+    )
+
+
+def _add_timeout(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
         "--timeout-s",
         type=float,
         default=300,

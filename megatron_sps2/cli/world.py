@@ -26,11 +26,12 @@ Body = Callable[[argparse.Namespace], int]
 Check = Callable[[argparse.Namespace], None]
 
 
-def in_world(args: argparse.Namespace, body: Body, check: Check) -> int:
+def in_world(args: argparse.Namespace, body: Body, check: Check, explained: int = USER_ERROR) -> int:
     """Runs `body(args)` on every rank of an initialised torch.distributed world -> exit code.
 
     Under a launcher this process is one of the ranks; without one, sp x tp local ranks are started.
     `check(args)` raises for what is wrong before a rank has to work; it fails on all ranks or on none.
+    `explained` is the exit code of a local rank that needs no line to say so.
     """
     env = RankEnv.detect()
     if env is not None:
@@ -38,10 +39,12 @@ def in_world(args: argparse.Namespace, body: Body, check: Check) -> int:
     check(args)
     if parallel_config(args).world_size == 1:
         return _run_rank(args, body, RankEnv.alone())
-    return in_local_world(args, body)
+    return in_local_world(args, body, explained=explained)
 
 
-def in_local_world(args: argparse.Namespace, body: Body, companion: Companion | None = None) -> int:
+def in_local_world(
+    args: argparse.Namespace, body: Body, companion: Companion | None = None, explained: int = USER_ERROR
+) -> int:
     """Starts dp x sp x tp ranks on this host, and a process beside them -> exit code."""
     world_size = parallel_config(args).world_size
     return run_local_world(
@@ -49,7 +52,7 @@ def in_local_world(args: argparse.Namespace, body: Body, companion: Companion | 
         _rank_main,
         (args, body),
         preload=PRELOAD,
-        explained=USER_ERROR,
+        explained=explained,
         companion=companion,
     )
 
