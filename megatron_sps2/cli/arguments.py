@@ -17,6 +17,7 @@ from megatron_sps2.config import (
 from megatron_sps2.csa_setting import CALIBRATION_NAME, PRESETS, CsaSetting, choose_setting
 
 Commands = Any  # argparse does not export the type of add_subparsers()
+AUTO = "auto"  # of --sp and --tp, until cli/layout.py has chosen
 
 
 class _Help(argparse.HelpFormatter):
@@ -164,6 +165,11 @@ def parallel_config(args: argparse.Namespace) -> ParallelConfig:
     return ParallelConfig(dp_size=getattr(args, "dp", 1), sp_size=args.sp, tp_size=args.tp)
 
 
+def size_or_auto(text: str) -> int | str:
+    """The type of --sp and --tp."""
+    return AUTO if text == AUTO else int(text)
+
+
 def attention_config(args: argparse.Namespace) -> AttentionConfig:
     return AttentionConfig(
         mode=args.attention,
@@ -223,17 +229,19 @@ def _add_checkpoint(parser: argparse._ActionsContainer, required: bool) -> None:
 def _add_parallel(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         *("--sp", "--sequence-parallel-size", "--context-parallel-size"),
-        type=int,
+        type=size_or_auto,
         default=1,
         metavar="P",
-        help="sequence-parallel ranks: each computes and keeps its part of the sequence",
+        help="sequence-parallel ranks: each computes and keeps its part of the sequence; auto: what "
+        "--tp leaves",
     )
     parser.add_argument(
         *("--tp", "--tensor-model-parallel-size", "--tensor-parallel-size"),
-        type=int,
+        type=size_or_auto,
         default=1,
         metavar="T",
-        help="tensor-parallel ranks: each has its part of the weights and heads",
+        help="tensor-parallel ranks: each has its part of the weights and heads; auto: the fewest with which "
+        "the model and the longest prompt fit the devices",
     )
 
 

@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_sps2.cli.arguments import AUTO, size_or_auto
+
 # The type a flag's value has in TOML, by argparse's type. bool is no int here, though Python says so.
 TOML_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
     None: ((str,), "a string"),
     int: ((int,), "an integer"),
+    size_or_auto: ((int,), f'an integer, or "{AUTO}"'),
     float: ((int, float), "a number"),
 }
 
@@ -71,6 +74,8 @@ def _spell(flag: str, action: argparse.Action, key: str, value: Any) -> list[str
         off = [option for option in action.option_strings if option.startswith("--no-")]
         return [flag] if value else off
     types, wanted = TOML_TYPES[action.type]
+    if action.type is size_or_auto and value == AUTO:
+        return [f"{flag}={AUTO}"]
     if action.nargs != "*" and not isinstance(action, argparse._AppendAction):
         _check(key, value, types, wanted)
         return [f"{flag}={value}"]

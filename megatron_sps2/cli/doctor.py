@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_sps2.cli.arguments import check_size_flags, parallel_config
+from megatron_sps2.cli.device import device_kind
 from megatron_sps2.cli.installed import PACKAGES, installed
+from megatron_sps2.cli.layout import settle_layout
 from megatron_sps2.config import DType, ModelConfig, ParallelConfig
 from megatron_sps2.engine.rank_memory import rank_memory
 from megatron_sps2.model.manifest import load_model_config
@@ -24,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
         from megatron_sps2.cli.doctor_world import run_world
 
         return run_world(args)
+    settle_layout(args, RankEnv.detect())
     parallel = parallel_config(args)
     found = {"installed": installed(), "machine": _machine(args.device), "ranks": _ranks(parallel)}
     if args.checkpoint:
@@ -60,13 +63,6 @@ def memory_per_rank(args: argparse.Namespace, model: ModelConfig) -> dict[str, A
         "kv_tokens": memory.kv_tokens,
         "max_model_len": longest,
     }
-
-
-def device_kind(wanted: str) -> str:
-    """'cpu' or 'cuda' for --device, or for the device that was picked by it."""
-    from megatron_sps2.cli.world import pick_device
-
-    return "cuda" if wanted.startswith("cuda:") else pick_device(wanted, 0).split(":")[0]
 
 
 def has_output_copy(model: ModelConfig, dtype: DType, device: str) -> bool:

@@ -68,8 +68,8 @@ def memory_problems(needs: Sequence[Need], longest: int) -> list[str]:
         if needed > free:
             found.append(
                 f"{spell_ranks([need.rank for need in sharing])} need {_gib(needed)} on {place} for a "
-                f"request of {longest:,} tokens and {_gib(free)} are free; weights, KV and activations must fit: "
-                "use more ranks (--sp, --tp) on more hosts, a lower --max-model-len, or --dtype bfloat16"
+                f"request of {longest:,} tokens and {_gib(free)} are free; weights, KV and activations must "
+                "fit: use more ranks (--sp, --tp) on more hosts, a lower --max-model-len, or --dtype bfloat16"
             )
     return found
 

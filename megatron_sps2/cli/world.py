@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from megatron_sps2.cli.arguments import parallel_config
+from megatron_sps2.cli.layout import settle_layout
 from megatron_sps2.cli.process import USER_ERROR, report, set_logging
 from megatron_sps2.parallel.local_world import Companion, run_local_world
 from megatron_sps2.parallel.rank_env import (
@@ -36,6 +37,7 @@ def in_world(args: argparse.Namespace, body: Body, check: Check, explained: int 
     env = RankEnv.detect()
     if env is not None:
         return _run_rank(args, body, env, check)
+    settle_layout(args)
     check(args)
     if parallel_config(args).world_size == 1:
         return _run_rank(args, body, RankEnv.alone())
@@ -80,6 +82,7 @@ def _run_rank(args: argparse.Namespace, body: Body, env: RankEnv, check: Check |
         torch.set_num_threads(threads_per_rank(env.local_world_size))
     backend = "nccl" if args.device.startswith("cuda") else "gloo"
     init_process_group(env, backend, timedelta(seconds=args.timeout_s))
+    settle_layout(args, env)
     if check:
         agree(functools.partial(_check, args, env, check))
     code = body(args)
