@@ -17,6 +17,8 @@ from megatron_sps2.config import (
 from megatron_sps2.csa_setting import CALIBRATION_NAME, PRESETS, CsaSetting, choose_setting
 
 Commands = Any  # argparse does not export the type of add_subparsers()
+# The second spelling is that of DeepSpeed's own scripts.
+DEEPSPEED_FLAGS = ("--deepspeed-config", "--deepspeed_config")
 AUTO = "auto"  # of --sp and --tp, until cli/layout.py has chosen
 
 
@@ -242,6 +244,12 @@ def _add_parallel(parser: argparse._ActionsContainer) -> None:
         metavar="T",
         help="tensor-parallel ranks: each has its part of the weights and heads; auto: the fewest with which "
         "the model and the longest prompt fit the devices",
+    )
+    parser.add_argument(
+        *DEEPSPEED_FLAGS,
+        metavar="FILE",
+        help="DeepSpeed's JSON configuration: sizes of tp, sp and dp, dtype and max_out_tokens are read; "
+        "--config and the command line win",
     )
 
 
