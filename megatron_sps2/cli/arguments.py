@@ -52,33 +52,6 @@ def add_chat(commands: Commands, name: str) -> None:
     finish(parser)
 
 
-def add_doctor(commands: Commands, name: str) -> None:
-    parser = command(
-        commands, name, "print what is installed, the ranks, the memory a checkpoint needs; check a cluster"
-    )
-    _add_checkpoint(parser, required=False)
-    _add_parallel(parser)
-    add_replicas(parser)
-    _add_memory(parser, longest="max_seq_len of the model")
-    _add_world(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else")
-    finish(parser)
-
-
-def _add_world(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("check of a cluster")
-    group.add_argument(
-        "--world",
-        action="store_true",
-        help="start all ranks and measure between them: who reaches whom, latency and bandwidth of each "
-        "axis, clocks, versions, memory; exit code 1 for a problem",
-    )
-    group.add_argument(
-        "--megabytes", type=float, default=32, metavar="N", help="size of the large messages, of a rank"
-    )
-    _add_timeout(group)
-
-
 def add_csa(commands: Commands, name: str) -> None:
     parser = command(
         commands, name, "find CSA budgets for a model, or draw what a CSA setting costs and saves"
@@ -219,7 +192,7 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
 
 
-def _add_checkpoint(parser: argparse._ActionsContainer, required: bool) -> None:
+def add_checkpoint(parser: argparse._ActionsContainer, required: bool) -> None:
     parser.add_argument(
         *("--checkpoint", "--load"),
         required=required,
@@ -228,7 +201,7 @@ def _add_checkpoint(parser: argparse._ActionsContainer, required: bool) -> None:
     )
 
 
-def _add_parallel(parser: argparse._ActionsContainer) -> None:
+def add_parallel(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         *("--sp", "--sequence-parallel-size", "--context-parallel-size"),
         type=size_or_auto,
@@ -253,7 +226,7 @@ def _add_parallel(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def _add_memory(parser: argparse._ActionsContainer, longest: str) -> None:
+def add_memory(parser: argparse._ActionsContainer, longest: str) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="dtype of weights, KV and computing"
     )
@@ -271,9 +244,9 @@ def _add_memory(parser: argparse._ActionsContainer, longest: str) -> None:
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and ranks")
-    _add_checkpoint(group, required=True)
-    _add_parallel(group)
-    _add_memory(group, longest="what this run needs; chat: max_seq_len of the model")
+    add_checkpoint(group, required=True)
+    add_parallel(group)
+    add_memory(group, longest="what this run needs; chat: max_seq_len of the model")
     group.add_argument(
         "--attention",
         choices=ATTENTION_MODES,
@@ -302,7 +275,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         help="from 1,024 tokens on, overlap the exchange of a head chunk with the attention of another; same "
         "result (default: on)",
     )
-    _add_timeout(group)
+    add_timeout(group)
 
 
 def add_replicas(parser: argparse._ActionsContainer) -> None:
@@ -315,7 +288,7 @@ def add_replicas(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def _add_timeout(parser: argparse._ActionsContainer) -> None:
+def add_timeout(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--timeout-s",
         type=float,
@@ -335,7 +308,7 @@ def _add_csa_setting(parser: argparse._ActionsContainer) -> None:
 
 
 def _add_measured_text(parser: argparse.ArgumentParser) -> None:
-    _add_checkpoint(parser, required=True)
+    add_checkpoint(parser, required=True)
     parser.add_argument("--text", required=True, metavar="FILE", help="a UTF-8 text file to measure on")
     parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="tokens of a prompt")
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_sps2 import __version__
-from megatron_sps2.cli import arguments, checkpoint_arguments, serve_arguments
+from megatron_sps2.cli import arguments, checkpoint_arguments, doctor_arguments, serve_arguments
 from megatron_sps2.cli.config_file import insert_config
 from megatron_sps2.cli.process import INTERRUPTED, leave, report, set_logging
 from megatron_sps2.parallel.rank_env import launched_rank
@@ -26,7 +26,7 @@ COMMANDS = {
     "reshard": checkpoint_arguments.add_reshard,
     "verify": checkpoint_arguments.add_verify,
     "inspect": checkpoint_arguments.add_inspect,
-    "doctor": arguments.add_doctor,
+    "doctor": doctor_arguments.add_doctor,
     "csa": arguments.add_csa,
 }
 
