@@ -73,8 +73,8 @@ def choose_layout(wish: Wish, devices: Devices) -> Choice:
     narrower = ", or --dtype bfloat16" if wish.dtype == "float32" else ""
     raise ValueError(
         f"{wish.longest:,} tokens in {wish.dtype} fit no layout on {_count(devices)}: {_grid(best)} needs "
-        f"{_spell(wish.memory(best), wish.longest)} on each, and {_gib(room)} may be used of "
-        f"{_gib(devices.free_bytes)} free; use more devices, a lower --max-model-len{narrower}"
+        f"{_spell(wish.memory(best), wish.longest)} on each, and {_size(room)} may be used of "
+        f"{_size(devices.free_bytes)} free; use more devices, a lower --max-model-len{narrower}"
     )
 
 
@@ -100,10 +100,10 @@ def _why(wish: Wish, devices: Devices, tried: list[ParallelConfig], chosen: Para
     room = int(USABLE * devices.free_bytes)
     text = (
         f"{_grid(chosen)} on {_count(devices)}: a rank needs {_spell(wish.memory(chosen), wish.longest)}, "
-        f"and {_gib(room)} may be used of {_gib(devices.free_bytes)} free"
+        f"and {_size(room)} may be used of {_size(devices.free_bytes)} free"
     )
     if (index := tried.index(chosen)) > 0:
-        text += f"; --tp {tried[index - 1].tp_size} would need {_gib(wish.memory(tried[index - 1]).total)}"
+        text += f"; --tp {tried[index - 1].tp_size} would need {_size(wish.memory(tried[index - 1]).total)}"
     if (unused := devices.count - chosen.world_size) > 0:
         text += f"; {unused} of them stay unused"
     return text
@@ -133,10 +133,10 @@ def _count(devices: Devices) -> str:
 
 def _spell(memory: RankMemory, longest: int) -> str:
     return (
-        f"{_gib(memory.total)} ({_gib(memory.weights)} weights, {_gib(memory.kv)} KV of its part of "
-        f"{longest:,} tokens, {_gib(memory.activations)} to compute)"
+        f"{_size(memory.total)} ({_size(memory.weights)} weights, {_size(memory.kv)} KV of its part of "
+        f"{longest:,} tokens, {_size(memory.activations)} to compute)"
     )
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:,.{1 if num_bytes >= GIB else 3}f} GiB"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:,.1f} MiB"
