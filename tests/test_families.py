@@ -12,9 +12,9 @@ import torch
 
 from checkpoints_tools.convert import convert
 from checkpoints_tools.families import FAMILIES, model_config
-from megatron_sps2.cli.doctor import num_weights
 from megatron_sps2.config import ParallelConfig, ScheduleConfig
 from megatron_sps2.engine.build import EngineConfig
+from megatron_sps2.engine.rank_memory import num_weights
 from megatron_sps2.model.weights import hf_shapes
 from tests.families import FAMILY_MODELS, save_family
 from tests.ranks import run_ranks

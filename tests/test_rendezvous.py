@@ -15,9 +15,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_sps2.config import ParallelConfig
 from megatron_sps2.parallel.hello import Hello, own_hello
-from megatron_sps2.parallel.nodes import check_tp_inside_nodes
 from megatron_sps2.parallel.rank_env import RankEnv
 from megatron_sps2.parallel.rendezvous import meet, open_store
 from tests.sps2_command import ROOT, SPS2, environ, make_checkpoint, write_ids
@@ -222,21 +220,3 @@ def wait_for(port: int) -> None:
         except OSError:
             time.sleep(0.1)
     raise AssertionError(f"nobody listens on {port}")
-
-
-# Nodes.
-
-
-def hello_on(rank: int, host: str) -> Hello:
-    return dataclasses.replace(own_hello(env_of(0)), rank=rank, host=host)
-
-
-def test_tp_inside_a_node_is_fine_and_across_nodes_is_refused() -> None:
-    hellos = [hello_on(rank, "a" if rank < 3 else "b") for rank in range(6)]
-    check_tp_inside_nodes(ParallelConfig(sp_size=2, tp_size=3), hellos)
-    check_tp_inside_nodes(ParallelConfig(sp_size=6), hellos)
-    with pytest.raises(
-        ValueError, match=r"tp_size=2 would cross nodes \(rank 2 on a, rank 3 on b\)"
-    ) as error:
-        check_tp_inside_nodes(ParallelConfig(sp_size=3, tp_size=2), hellos)
-    assert "--tp 3 or a divisor" in str(error.value) and "--allow-tp-across-nodes" in str(error.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from megatron_sps2.cli.launch_arguments import ALONE, add_launch
 from megatron_sps2.config import (
     ATTENTION_MODES,
     DTYPES,
@@ -16,11 +17,10 @@ from megatron_sps2.config import (
 )
 from megatron_sps2.csa_setting import CALIBRATION_NAME, PRESETS, CsaSetting, choose_setting
 
-# add_launch's values where there is one rank.
-ALONE = {"timeout_s": 300.0, "rendezvous_timeout_s": 120.0, "heartbeat_timeout_s": 10.0}
-ALONE |= {"bind_cores": False, "allow_tp_across_nodes": False}
-
 Commands = Any  # argparse does not export the type of add_subparsers()
+# The second spelling is that of DeepSpeed's own scripts.
+DEEPSPEED_FLAGS = ("--deepspeed-config", "--deepspeed_config")
+AUTO = "auto"  # of --sp and --tp, until cli/layout.py has chosen
 
 
 class _Help(argparse.HelpFormatter):
@@ -50,15 +50,6 @@ def add_chat(commands: Commands, name: str) -> None:
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     add_engine(parser)
     _add_sampling(parser, max_tokens=256)
-    finish(parser)
-
-
-def add_doctor(commands: Commands, name: str) -> None:
-    parser = command(commands, name, "print what is installed, the ranks, and the memory a checkpoint needs")
-    _add_checkpoint(parser, required=False)
-    _add_parallel(parser)
-    _add_memory(parser, longest="max_seq_len of the model")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, nothing else")
     finish(parser)
 
 
@@ -150,6 +141,11 @@ def parallel_config(args: argparse.Namespace) -> ParallelConfig:
     return ParallelConfig(dp_size=getattr(args, "dp", 1), sp_size=args.sp, tp_size=args.tp)
 
 
+def size_or_auto(text: str) -> int | str:
+    """The type of --sp and --tp."""
+    return AUTO if text == AUTO else int(text)
+
+
 def attention_config(args: argparse.Namespace) -> AttentionConfig:
     return AttentionConfig(
         mode=args.attention,
@@ -197,7 +193,7 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
 
 
-def _add_checkpoint(parser: argparse._ActionsContainer, required: bool) -> None:
+def add_checkpoint(parser: argparse._ActionsContainer, required: bool) -> None:
     parser.add_argument(
         *("--checkpoint", "--load"),
         required=required,
@@ -206,24 +202,32 @@ def _add_checkpoint(parser: argparse._ActionsContainer, required: bool) -> None:
     )
 
 
-def _add_parallel(parser: argparse._ActionsContainer) -> None:
+def add_parallel(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         *("--sp", "--sequence-parallel-size", "--context-parallel-size"),
-        type=int,
+        type=size_or_auto,
         default=1,
         metavar="P",
-        help="sequence-parallel ranks: each computes and keeps its part of the sequence",
+        help="sequence-parallel ranks: each computes and keeps its part of the sequence; auto: what "
+        "--tp leaves",
     )
     parser.add_argument(
         *("--tp", "--tensor-model-parallel-size", "--tensor-parallel-size"),
-        type=int,
+        type=size_or_auto,
         default=1,
         metavar="T",
-        help="tensor-parallel ranks: each has its part of the weights and heads",
+        help="tensor-parallel ranks: each has its part of the weights and heads; auto: the fewest with which "
+        "the model and the longest prompt fit the devices",
+    )
+    parser.add_argument(
+        *DEEPSPEED_FLAGS,
+        metavar="FILE",
+        help="DeepSpeed's JSON configuration: sizes of tp, sp and dp, dtype and max_out_tokens are read; "
+        "--config and the command line win",
     )
 
 
-def _add_memory(parser: argparse._ActionsContainer, longest: str) -> None:
+def add_memory(parser: argparse._ActionsContainer, longest: str) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="dtype of weights, KV and computing"
     )
@@ -241,9 +245,9 @@ def _add_memory(parser: argparse._ActionsContainer, longest: str) -> None:
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and ranks")
-    _add_checkpoint(group, required=True)
-    _add_parallel(group)
-    _add_memory(group, longest="what this run needs; chat: max_seq_len of the model")
+    add_checkpoint(group, required=True)
+    add_parallel(group)
+    add_memory(group, longest="what this run needs; chat: max_seq_len of the model")
     group.add_argument(
         "--attention",
         choices=ATTENTION_MODES,
@@ -275,51 +279,14 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add_launch(parser)
 
 
-def add_launch(parser: argparse.ArgumentParser) -> None:
-    """How ranks find each other, where they sit, and when one counts as lost."""
-    group = parser.add_argument_group("launch and failure")
-    group.add_argument(
-        "--rendezvous-timeout-s",
-        type=float,
-        default=120.0,
-        metavar="S",
-        help="how long rank 0 waits for all ranks to come before it says who is absent",
+def add_replicas(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        *("--dp", "--data-parallel-size"),
+        type=int,
+        default=1,
+        metavar="D",
+        help="replicas of the model, each on sp x tp ranks; requests go to the least busy one",
     )
-    group.add_argument(
-        "--heartbeat-timeout-s",
-        type=float,
-        default=10.0,
-        metavar="S",
-        help="a rank that is silent for so long is lost: all others name it and end; one that dies is "
-        "noticed at once",
-    )
-    group.add_argument(
-        "--timeout-s",
-        type=float,
-        default=300,
-        metavar="S",
-        help="a collective that takes longer ends the run, though all ranks live",
-    )
-    group.add_argument(
-        "--bind-cores",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="each rank keeps to its own cores, of one NUMA node where it can (default: on, unless the "
-        "launcher has bound ranks already)",
-    )
-    group.add_argument(
-        "--allow-tp-across-nodes",
-        action="store_true",
-        help="let a tensor-parallel group span nodes, though it exchanges in every layer",
-    )
-
-
-def check_launch(args: argparse.Namespace) -> None:
-    """Raises ValueError for a time-out that is none."""
-    for name in ("rendezvous_timeout_s", "heartbeat_timeout_s", "timeout_s"):
-        value = getattr(args, name)
-        if not 0 < value < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be a number of seconds above 0")
 
 
 def _add_csa_setting(parser: argparse._ActionsContainer) -> None:
@@ -332,7 +299,7 @@ def _add_csa_setting(parser: argparse._ActionsContainer) -> None:
 
 
 def _add_measured_text(parser: argparse.ArgumentParser) -> None:
-    _add_checkpoint(parser, required=True)
+    add_checkpoint(parser, required=True)
     parser.add_argument("--text", required=True, metavar="FILE", help="a UTF-8 text file to measure on")
     parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="tokens of a prompt")
 

@@ -5,25 +5,30 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from megatron_sps2.cli.arguments import check_size_flags, parallel_config
-from megatron_sps2.cli.report import ELEMENT_SIZE
+from megatron_sps2.cli.device import device_kind
+from megatron_sps2.cli.installed import PACKAGES, installed
+from megatron_sps2.cli.layout import settle_layout
 from megatron_sps2.config import DType, ModelConfig, ParallelConfig
+from megatron_sps2.engine.rank_memory import rank_memory
 from megatron_sps2.model.manifest import load_model_config
+from megatron_sps2.parallel.host import num_cores
 from megatron_sps2.parallel.rank_env import RankEnv, threads_per_rank
-
-PACKAGES = ("megatron_sps2", "torch", "megatron-core", "deepspeed", "mpi4py", "transformers", "sentencepiece")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.world:
+        from megatron_sps2.cli.doctor_world import run_world
+
+        return run_world(args)
+    settle_layout(args, RankEnv.detect())
     parallel = parallel_config(args)
-    found = {"installed": _installed(), "machine": _machine(args.device), "ranks": _ranks(parallel)}
+    found = {"installed": installed(), "machine": _machine(args.device), "ranks": _ranks(parallel)}
     if args.checkpoint:
         found["memory per rank"] = memory_per_rank(args, load_model_config(args.checkpoint))
     if args.json:
@@ -37,45 +42,27 @@ def run(args: argparse.Namespace) -> int:
 def memory_per_rank(args: argparse.Namespace, model: ModelConfig) -> dict[str, Any]:
     """Bytes one rank keeps: its weights, and the KV cache of a request of max_model_len tokens.
 
-    Computing needs some more, for a while: activations of the rank's part of the prompt.
+    Computing needs some more, for a while: about activation_bytes for the rank's part of the prompt.
     """
-    from megatron_sps2.cli.world import pick_device
-    from megatron_sps2.engine.build import EngineConfig
-
     check_size_flags(args, model)
-    config = EngineConfig(
-        checkpoint=args.checkpoint,
-        parallel=parallel_config(args),
-        max_model_len=args.max_model_len or model.max_seq_len,
+    longest = args.max_model_len or model.max_seq_len
+    memory = rank_memory(
+        model,
+        parallel_config(args),
+        dtype=args.dtype,
+        max_model_len=longest,
         block_size=args.block_size,
+        output_copy=has_output_copy(model, args.dtype, device_kind(args.device)),
     )
-    cache, tp_size, size = config.sized_cache(), config.parallel.tp_size, ELEMENT_SIZE[args.dtype]
-    output_copy = has_output_copy(model, args.dtype, pick_device(args.device, 0))
-    weights = num_weights(model, tp_size, output_copy) * size
-    kv_per_token = 2 * model.num_layers * (model.num_query_groups // tp_size) * model.head_dim * size
     return {
-        "weights_bytes": weights,
-        "kv_bytes": cache.tokens_per_rank * kv_per_token,
-        "total_bytes": weights + cache.tokens_per_rank * kv_per_token,
-        "kv_bytes_per_token": kv_per_token,
-        "kv_tokens": cache.tokens_per_rank,
-        "max_model_len": config.max_model_len,
+        "weights_bytes": memory.weights,
+        "kv_bytes": memory.kv,
+        "total_bytes": memory.kept,
+        "activation_bytes": memory.activations,
+        "kv_bytes_per_token": memory.kv_per_token,
+        "kv_tokens": memory.kv_tokens,
+        "max_model_len": longest,
     }
-
-
-def num_weights(model: ModelConfig, tp_size: int, output_copy: bool) -> int:
-    """Elements that one tp rank keeps; `output_copy`: the output layer has a matrix of its own."""
-    hidden, ffn = model.hidden_size, (1 + model.gated) * model.ffn_hidden_size
-    q_size, kv_size = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
-    mlp = (ffn + model.ffn_hidden_size) * hidden * (model.num_experts or 1)
-    shared = (2 * q_size + 2 * kv_size) * hidden + mlp
-    shared += (q_size + 2 * kv_size) * (model.qkv_bias or model.linear_bias) + ffn * model.linear_bias
-    whole = hidden * (2 * model.linear_bias + model.num_experts) + 2 * model.head_dim * model.qk_norm
-    norm = hidden * (1 + (model.norm == "layer"))
-    rows = -(-model.vocab_size // tp_size)  # the vocabulary is padded to a multiple of tp_size
-    embeddings = (1 + output_copy) * rows * hidden + model.max_seq_len * hidden * model.learned_positions
-    norms = (4 if model.is_gemma else 2) * norm
-    return model.num_layers * (shared // tp_size + whole + norms) + embeddings + norm
 
 
 def has_output_copy(model: ModelConfig, dtype: DType, device: str) -> bool:
@@ -87,31 +74,12 @@ def has_output_copy(model: ModelConfig, dtype: DType, device: str) -> bool:
     return not model.tie_embeddings or can_pack(torch.empty(1, 1, dtype=getattr(torch, dtype), device=device))
 
 
-def _installed() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    found["NVIDIA apex"] = "fused norm found" if _has_fused_norm() else "not found (optional)"
-    return found
-
-
-def _has_fused_norm() -> bool:
-    try:
-        from apex.normalization import FusedRMSNorm  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def _machine(device: str) -> dict[str, Any]:
     import torch
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_cores": num_cores(),
         "cuda_devices": devices,
         "backend": "nccl" if devices and device != "cpu" else "gloo",
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from megatron_sps2.cli.arguments import (
     attention_config,
-    check_launch,
     check_size_flags,
     csa_setting,
     parallel_config,
     sampling_params,
 )
+from megatron_sps2.cli.launch_arguments import check_launch
 from megatron_sps2.cli.world import in_world
 from megatron_sps2.config import ScheduleConfig
 from megatron_sps2.engine.engine_config import EngineConfig

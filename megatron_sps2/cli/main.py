@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
 from megatron_sps2 import __version__
-from megatron_sps2.cli import arguments, checkpoint_arguments, serve_arguments
+from megatron_sps2.cli import arguments, checkpoint_arguments, doctor_arguments, serve_arguments
 from megatron_sps2.cli.config_file import insert_config
 from megatron_sps2.cli.process import INTERRUPTED, leave, report, set_logging
+from megatron_sps2.parallel.rank_env import launched_rank
 
 # Command -> what it adds to the parser; megatron_sps2.cli.COMMAND has run(args) -> exit code.
 COMMANDS = {
@@ -24,7 +26,7 @@ COMMANDS = {
     "reshard": checkpoint_arguments.add_reshard,
     "verify": checkpoint_arguments.add_verify,
     "inspect": checkpoint_arguments.add_inspect,
-    "doctor": arguments.add_doctor,
+    "doctor": doctor_arguments.add_doctor,
     "csa": arguments.add_csa,
 }
 
@@ -53,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 for a run that failed, 2 for input that cannot be served."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
     set_logging(args.log_level)
+    if (skipped := getattr(args, "skipped_settings", None)) and (launched_rank() or (0,))[0] == 0:
+        logging.getLogger(__name__).info(skipped)
     try:
         return int(importlib.import_module(f"megatron_sps2.cli.{args.command}").run(args))
     except KeyboardInterrupt:

@@ -12,12 +12,11 @@ from rich.table import Table
 from megatron_sps2.attention.strategy import lay_out
 from megatron_sps2.attention.window import halo_tokens
 from megatron_sps2.config import ModelConfig, ParallelConfig
+from megatron_sps2.engine.rank_memory import ELEMENT_SIZE
 from megatron_sps2.engine.request import Request
 from megatron_sps2.engine.start_up import StartUp, in_words, start_up_json
 from megatron_sps2.parallel.ledger import Ledger
 from megatron_sps2.parallel.traffic import CSA_COLLECTIVES, DECODE_COLLECTIVES, PREFILL_COLLECTIVES, Traffic
-
-ELEMENT_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from megatron_sps2.cli.generate import check_engine_flags, engine_config
+from megatron_sps2.cli.layout import settle_layout
 from megatron_sps2.cli.process import RUN_ERROR, report, set_logging
 from megatron_sps2.cli.serve_arguments import api_keys, check_limits, schedule_config
 from megatron_sps2.cli.world import in_local_world, in_world
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     env = RankEnv.detect()
     if env is not None:
         return in_world(args, _serve_launched, check_serve)
+    settle_layout(args)
     check_serve(args)
     with tempfile.TemporaryDirectory(prefix="sps2-") as folder:
         args.endpoints = endpoints_here(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from megatron_sps2.cli.arguments import Commands, add_engine, command, finish
+from megatron_sps2.cli.arguments import Commands, add_engine, add_replicas, command, finish
 from megatron_sps2.config import POLICY_NAMES, PREEMPTION_MODES, ScheduleConfig
 
 # Tokens of a step: Sarathi's chunk is small, so that decodes in the same step stay fast.
@@ -18,13 +18,7 @@ def add_serve(commands: Commands, name: str) -> None:
         commands, name, "serve a model over HTTP: OpenAI's API, Megatron's, metrics, a live page"
     )
     add_engine(parser)
-    parser.add_argument(
-        *("--dp", "--data-parallel-size"),
-        type=int,
-        default=1,
-        metavar="D",
-        help="replicas of the model, each on sp x tp ranks; requests go to the least busy one",
-    )
+    add_replicas(parser)
     _add_http(parser)
     _add_schedule(parser)
     _add_robustness(parser)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from megatron_sps2.cli.arguments import parallel_config
+from megatron_sps2.cli.launch_arguments import check_launch
+from megatron_sps2.cli.layout import settle_layout
 from megatron_sps2.cli.process import RUN_ERROR, USER_ERROR, report, set_logging
 from megatron_sps2.parallel.hello import Hello, own_hello
 from megatron_sps2.parallel.local_world import Companion, run_local_world
@@ -33,22 +35,27 @@ Body = Callable[[argparse.Namespace], int]
 Check = Callable[[argparse.Namespace], None]
 
 
-def in_world(args: argparse.Namespace, body: Body, check: Check) -> int:
+def in_world(args: argparse.Namespace, body: Body, check: Check, explained: int = USER_ERROR) -> int:
     """Runs `body(args)` on every rank of an initialised torch.distributed world -> exit code.
 
     Under a launcher this process is one of the ranks; without one, sp x tp local ranks are started.
     `check(args)` raises for what is wrong before a rank has to work; it fails on all ranks or on none.
+    `explained` is the exit code of a local rank that needs no line to say so.
     """
+    check_launch(args)
     env = RankEnv.detect()
     if env is not None:
         return _run_rank(args, body, env, check)
+    settle_layout(args)
     check(args)
     if parallel_config(args).world_size == 1:
         return _run_rank(args, body, RankEnv.alone())
-    return in_local_world(args, body)
+    return in_local_world(args, body, explained=explained)
 
 
-def in_local_world(args: argparse.Namespace, body: Body, companion: Companion | None = None) -> int:
+def in_local_world(
+    args: argparse.Namespace, body: Body, companion: Companion | None = None, explained: int = USER_ERROR
+) -> int:
     """Starts dp x sp x tp ranks on this host, and a process beside them -> exit code."""
     world_size = parallel_config(args).world_size
     return run_local_world(
@@ -56,7 +63,7 @@ def in_local_world(args: argparse.Namespace, body: Body, companion: Companion | 
         _rank_main,
         (args, body),
         preload=PRELOAD,
-        explained=USER_ERROR,
+        explained=explained,
         companion=companion,
     )
 
@@ -95,6 +102,7 @@ def _run_rank(args: argparse.Namespace, body: Body, env: RankEnv, check: Check |
             _settle_cores(args, hellos[env.rank], hellos)
             backend = "nccl" if args.device.startswith("cuda") else "gloo"
             init_process_group(env, backend, timedelta(seconds=args.timeout_s), store)
+            settle_layout(args, env)
             if check:
                 agree(functools.partial(_check, args, env, hellos, check))
             code = body(args)

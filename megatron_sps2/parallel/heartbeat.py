@@ -85,7 +85,7 @@ class Heartbeat:
         self._verdict, self._heard = "", threading.Event()
         self._listeners: list[Callable[[str], None]] = []
         self._farewell: Message = {"bye": True}
-        self._listener: socket.socket | None = None
+        self._socket: socket.socket | None = None  # rank 0 listens, the others are connected
         self._address: Message = {}  # of rank 0, with the word by which it knows its ranks
         self._loop = asyncio.new_event_loop()
         self._closing = asyncio.Event()
@@ -97,9 +97,10 @@ class Heartbeat:
         if self._peers:
             assert self._store is not None, "a world of several ranks has a store"
             if self._is_hub:
-                self._listener = self._listen(self._store)
+                self._socket = self._listen(self._store)
             else:
                 self._address = json.loads(self._store.get(KEY))
+                self._socket = self._connect()
             self._thread.start()
         return self
 
@@ -139,14 +140,18 @@ class Heartbeat:
 
     async def _talk(self) -> None:
         server = None
-        if self._listener:
-            server = await asyncio.start_server(self._hear_spoke, sock=self._listener)
-        hearing = None if self._is_hub else asyncio.create_task(self._hear_hub())
+        if self._is_hub:
+            server = await asyncio.start_server(self._hear_spoke, sock=self._socket)
+        else:
+            reader = await self._greet()
+            self._hearing = asyncio.create_task(self._hear(self._peers[0], reader))
         await self._beat()
         self._send(self._farewell)
         await self._flush()
-        if hearing:
-            hearing.cancel()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
         if server:
             server.close()
 
@@ -262,14 +267,21 @@ class Heartbeat:
 
     # The others.
 
-    async def _hear_hub(self) -> None:
-        peer, address = self._peers[0], self._address
+    def _connect(self) -> socket.socket:
         try:
-            connecting = asyncio.open_connection(address["host"], address["port"])
-            reader, writer = await asyncio.wait_for(connecting, self._start_s)
+            return socket.create_connection((self._address["host"], self._address["port"]), self._start_s)
         except OSError as error:
-            self._lose(f"{peer.hello.name} cannot be reached for heartbeats: {error}")
-            return
-        writer.write(json.dumps({"rank": self._me.rank, "token": address["token"]}).encode() + b"\n")
-        peer.writer = writer
-        await self._hear(peer, reader)
+            name, reason = self._peers[0].hello.name, error.strerror or str(error)
+            raise RuntimeError(
+                f"{name} cannot be reached at {self._address['host']}:{self._address['port']} ({reason}); "
+                "ranks need every port of rank 0's host"
+            ) from error
+
+    async def _greet(self) -> asyncio.StreamReader:
+        assert self._socket is not None, "connected when it was entered"
+        self._socket.setblocking(False)
+        reader, writer = await asyncio.open_connection(sock=self._socket)
+        hello = {"rank": self._me.rank, "token": self._address["token"]}
+        writer.write(json.dumps(hello).encode() + b"\n")
+        self._peers[0].writer = writer
+        return reader

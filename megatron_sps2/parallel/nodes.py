@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_sps2.config import ParallelConfig
 from megatron_sps2.parallel.hello import Hello
-
-Cores = tuple[int, ...]
-NUMA_NODES = Path("/sys/devices/system/node")
-CPUS = Path("/sys/devices/system/cpu")
+from megatron_sps2.parallel.host import Cores, in_order, numa_nodes
 
 
 def check_tp_inside_nodes(parallel: ParallelConfig, hellos: Sequence[Hello]) -> None:
@@ -62,32 +58,6 @@ def split_cores(cores: Cores, num_ranks: int, numa: Sequence[Cores]) -> list[Cor
 def _equal_parts(cores: Cores, count: int) -> list[Cores]:
     size = len(cores) // count
     return [cores[i * size : (i + 1) * size] for i in range(count)]
-
-
-def in_order(cores: Cores, folder: Path = CPUS) -> Cores:
-    """Hardware threads of one core side by side, so that two ranks do not share a core."""
-
-    def place(core: int) -> tuple[int, ...]:
-        names = ("physical_package_id", "core_id")
-        files = [folder / f"cpu{core}" / "topology" / name for name in names]
-        return (*(int(file.read_text()) if file.is_file() else 0 for file in files), core)
-
-    return tuple(sorted(cores, key=place))
-
-
-def numa_nodes(folder: Path = NUMA_NODES) -> list[Cores]:
-    """The cores of each NUMA node, as Linux tells; none elsewhere."""
-    lists = sorted(folder.glob("node[0-9]*/cpulist"), key=lambda path: int(path.parent.name[4:]))
-    return [cores for cores in (_expand(path.read_text()) for path in lists) if cores]
-
-
-def _expand(text: str) -> Cores:
-    """'0-3,8' -> (0, 1, 2, 3, 8)"""
-    found: list[int] = []
-    for part in filter(None, text.strip().split(",")):
-        first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
-    return tuple(found)
 
 
 def bind(cores: Cores) -> None:
