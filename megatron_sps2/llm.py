@@ -14,8 +14,9 @@ from typing import Any
 
 import zmq
 
+from megatron_sps2.cli.front_end import endpoints_in
 from megatron_sps2.cli.main import parse_args
-from megatron_sps2.cli.serve import check_serve, endpoints_here, serve_rank
+from megatron_sps2.cli.serve import check_serve, serve_rank
 from megatron_sps2.cli.world import in_local_world
 from megatron_sps2.config import SamplingParams
 from megatron_sps2.engine.detokenizer import Detokenizer
@@ -80,7 +81,7 @@ class LLM:
         has_tokenizer = (Path(checkpoint) / TOKENIZER_FILE).is_file()
         self._tokenizer: Tokenizer | None = load_tokenizer(checkpoint) if has_tokenizer else None
         self._folder = tempfile.TemporaryDirectory(prefix="sps2-")
-        self._args.endpoints = endpoints_here(self._folder.name)
+        self._args.endpoints = endpoints_in(self._folder.name)
         self._names = itertools.count()
         self._exit_code: int | None = None
         self._engine, self._beats = _bind(self._args.endpoints.engine, self._args.endpoints.beats)
@@ -88,7 +89,8 @@ class LLM:
         self._world.start()
         self._replicas: list[bytes] = []
         while len(self._replicas) < self._args.dp:
-            self._replicas += [who for who, message in self._receive() if isinstance(message, Ready)]
+            ready = [who for who, message in self._receive() if isinstance(message, Ready)]
+            self._replicas += [who for who in ready if who not in self._replicas]
 
     def __enter__(self) -> LLM:
         return self

@@ -1,55 +1,73 @@
 """`sps2 serve`: the ranks, and beside them the HTTP front end in a process of its own.
 
 Without a launcher this process only watches: it starts both, passes SIGTERM on to the front end, and ends the
-rest when one of them fails. Under a launcher rank 0 starts the front end.
+rest when one of them fails. Under a launcher rank 0 starts the front end. By --role either can be alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
-import os
 import signal
-import socket
 import sys
 import tempfile
-import threading
-from multiprocessing.process import BaseProcess
-from pathlib import Path
-from types import FrameType
+import time
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+from megatron_sps2.cli import front_end
 from megatron_sps2.cli.generate import check_engine_flags, engine_config
 from megatron_sps2.cli.layout import settle_layout
-from megatron_sps2.cli.process import RUN_ERROR, report, set_logging
 from megatron_sps2.cli.serve_arguments import api_keys, check_limits, schedule_config
 from megatron_sps2.cli.world import in_local_world, in_world
 from megatron_sps2.config import CacheConfig
 from megatron_sps2.engine.engine_config import EngineConfig
 from megatron_sps2.model.manifest import load_model_config
-from megatron_sps2.parallel.local_world import Companion
-from megatron_sps2.parallel.rank_env import RankEnv
+from megatron_sps2.parallel.network import address_of, is_loopback
+from megatron_sps2.parallel.rank_env import LOOPBACK, RankEnv
 from megatron_sps2.server.beats import tell_lost
-from megatron_sps2.server.front_end_config import FrontEndConfig
 from megatron_sps2.server.protocol import Endpoints
 
 if TYPE_CHECKING:
     from megatron_sps2.engine.engine import Engine
 
 DEFAULT_CACHE_GIB = 2.0
-FRONT_END_GRACE_S = 10.0
 
 
 def run(args: argparse.Namespace) -> int:
-    env = RankEnv.detect()
-    if env is not None:
+    run_role = {"all": _run_all, "front-end": _run_front_end, "engine": _run_engine}[args.role]
+    return run_role(args)
+
+
+def _run_all(args: argparse.Namespace) -> int:
+    if RankEnv.detect() is not None:
         return in_world(args, _serve_launched, check_serve)
     settle_layout(args)
     check_serve(args)
     with tempfile.TemporaryDirectory(prefix="sps2-") as folder:
-        args.endpoints = endpoints_here(folder)
-        return in_local_world(args, serve_rank, _companion(args))
+        args.endpoints = front_end.endpoints_in(folder)
+        config = front_end.front_end_config(args, args.endpoints, outlives_engine=args.max_restarts > 0)
+        return in_local_world(
+            args, serve_rank, companion=front_end.companion(config), max_restarts=args.max_restarts
+        )
+
+
+def _run_front_end(args: argparse.Namespace) -> int:
+    """Without ranks; engines come, and may go and come again, at --engine-address."""
+    check_serve(args)
+    endpoints = front_end.endpoints_at(args.engine_address)
+    return front_end.run_here(front_end.front_end_config(args, endpoints, outlives_engine=True))
+
+
+def _run_engine(args: argparse.Namespace) -> int:
+    """Ranks for a front end elsewhere."""
+    check_limits(args)
+    args.endpoints = front_end.endpoints_at(args.engine_address)
+    if RankEnv.detect() is not None:
+        return in_world(args, serve_rank, check_serve)
+    settle_layout(args)
+    check_serve(args)
+    return in_local_world(args, serve_rank, max_restarts=args.max_restarts)
 
 
 def check_serve(args: argparse.Namespace) -> None:
@@ -92,60 +110,16 @@ def _cache_config(args: argparse.Namespace, config: EngineConfig) -> CacheConfig
     return CacheConfig(num_blocks=num_blocks, block_size=args.block_size)
 
 
-def endpoints_here(folder: str) -> Endpoints:
-    return Endpoints(engine=f"ipc://{folder}/engine", beats=f"ipc://{folder}/beats")
-
-
-def _front_end_config(args: argparse.Namespace, world_size: int) -> FrontEndConfig:
-    return FrontEndConfig(
-        host=args.host,
-        port=args.port,
-        port_file=args.port_file,
-        endpoints=args.endpoints,
-        checkpoint=args.checkpoint,
-        served_model_name=args.served_model_name or Path(args.checkpoint).resolve().name,
-        api_keys=api_keys(args),
-        num_replicas=args.dp,
-        world_size=world_size,
-        max_queue=args.max_queue,
-        max_body_bytes=int(args.max_body_mib * 2**20),
-        request_timeout_s=args.request_timeout_s,
-        drain_timeout_s=args.drain_timeout_s,
-        heartbeat_timeout_s=args.heartbeat_timeout_s,
-        log_level=args.log_level,
-    )
-
-
-def _companion(args: argparse.Namespace) -> Companion:
-    config = _front_end_config(args, args.dp * args.sp * args.tp)
-    return Companion(
-        name="front end",
-        target=_front_end_main,
-        args=(config,),
-        on_failure=lambda message: tell_lost(config.endpoints.beats, message),
-    )
-
-
-def _front_end_main(config: FrontEndConfig) -> int:
-    """The front end's process -> its exit code."""
-    from megatron_sps2.server.front_end import run as run_front_end
-
-    set_logging(config.log_level)
-    try:
-        return run_front_end(config)
-    except Exception as error:  # The outermost loop of this process.
-        return report(error)
-
-
 def serve_rank(args: argparse.Namespace) -> int:
     """On every rank; ends when the front end says so."""
     from megatron_sps2.engine.build import build_engine
     from megatron_sps2.engine.start_up import in_words
+    from megatron_sps2.parallel.collectives import from_first_rank
     from megatron_sps2.parallel.trace import Trace
     from megatron_sps2.server.pulse import Pulse
 
-    rank = 0
-    args.heart.when_lost(lambda message: tell_lost(args.endpoints.beats, message))
+    rank, world = 0, from_first_rank(time.time_ns)
+    args.heart.when_lost(lambda message: tell_lost(args.endpoints.beats, message, world))
     try:
         engine = build_engine(_serve_config(args))
         args.heart.watch(engine.ledger.activity)
@@ -154,17 +128,18 @@ def serve_rank(args: argparse.Namespace) -> int:
             took = in_words(engine.start_up)
             print(f"loaded {args.checkpoint} in {took}", file=sys.stderr, flush=True)
         engine.ledger.trace = Trace() if args.trace else None
-        with Pulse(engine, args.endpoints.beats):
-            _follow_or_lead(args, engine)
+        with Pulse(engine, args.endpoints.beats, world):
+            _follow_or_lead(args, engine, world)
     except Exception as error:
         named = args.heart.named(error)
-        tell_lost(args.endpoints.beats, str(named) if named is not error else f"rank {rank}: {error}")
+        message = str(named) if named is not error else f"rank {rank}: {error}"
+        tell_lost(args.endpoints.beats, message, world)
         raise named from error
     _write_trace(args, engine)
     return 0
 
 
-def _follow_or_lead(args: argparse.Namespace, engine: Engine) -> None:
+def _follow_or_lead(args: argparse.Namespace, engine: Engine, world: int) -> None:
     from megatron_sps2.server.leader import Leader
 
     if not engine.is_leader:
@@ -173,6 +148,7 @@ def _follow_or_lead(args: argparse.Namespace, engine: Engine) -> None:
     leader = Leader(
         engine,
         args.endpoints.engine,
+        world=world,
         # Other ranks wait in a collective meanwhile; well within its time limit they hear something.
         idle_step_s=min(30.0, args.timeout_s / 3),
         max_num_seqs=args.max_num_seqs,
@@ -199,56 +175,29 @@ def _write_trace(args: argparse.Namespace, engine: Engine) -> None:
 
 
 def _serve_launched(args: argparse.Namespace) -> int:
-    """On every rank of a launcher's world; rank 0 starts the front end."""
-    from megatron_sps2.parallel.collectives import from_first_rank
+    """On every rank of a launcher's world; rank 0 starts the front end, or finds that of its last life."""
+    from megatron_sps2.parallel.collectives import from_first_rank, gather_objects
+    from megatron_sps2.parallel.groups import world_axis
 
     env = RankEnv.detect()
     assert env is not None, "started by a launcher"
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # The launcher sends it to all; rank 0 drains for them.
-    with tempfile.TemporaryDirectory(prefix="sps2-") as folder:
-        one_host = env.local_world_size == env.world_size
-        args.endpoints = from_first_rank(lambda: endpoints_here(folder) if one_host else _endpoints_tcp())
-        front_end = _start_front_end(args, env.world_size) if env.rank == 0 else None
-        code = serve_rank(args)
-        if front_end:
-            front_end.join(FRONT_END_GRACE_S)
-            code = code or front_end.exitcode or 0
-    return code
+    host = urlsplit(env.init_method).hostname or LOOPBACK[0]
+    beside: front_end.Detached | None = None
 
+    def start() -> Endpoints:
+        nonlocal beside  # rank 0's alone
+        beside = front_end.start_or_find(args, choose, lambda: args.heart.is_broken)
+        return beside.endpoints
 
-def _endpoints_tcp() -> Endpoints:
-    """Free ports of this host, under the name by which the other hosts reach it."""
-    host = socket.gethostname()
-    with socket.socket() as first, socket.socket() as second:
-        ports = []
-        for probe in (first, second):
-            probe.bind(("", 0))
-            ports.append(probe.getsockname()[1])
-    return Endpoints(engine=f"tcp://{host}:{ports[0]}", beats=f"tcp://{host}:{ports[1]}")
+    def choose(folder: str) -> Endpoints:
+        if env.local_world_size == env.world_size:
+            return front_end.endpoints_in(folder)
+        # Rank 0's own name may be a loopback address to itself; to the others it is not.
+        outside = [each for each in addresses if not is_loopback(each)]
+        return front_end.endpoints_of([*outside, *addresses][0])
 
-
-def _start_front_end(args: argparse.Namespace, world_size: int) -> BaseProcess:
-    config = _front_end_config(args, world_size)
-    process = multiprocessing.get_context("spawn").Process(
-        target=_front_end_process, args=(config,), name="front end"
-    )
-    process.start()
-
-    def drain(signum: int, frame: FrameType | None) -> None:
-        os.kill(process.pid or 0, signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, drain)
-    signal.signal(signal.SIGINT, drain)
-    threading.Thread(target=_end_with, args=(process,), name="front end watch", daemon=True).start()
-    return process
-
-
-def _front_end_process(config: FrontEndConfig) -> None:
-    sys.exit(_front_end_main(config))
-
-
-def _end_with(front_end: BaseProcess) -> None:
-    """A front end that fails has found this world broken: this rank may be waiting in it for ever."""
-    front_end.join()
-    if front_end.exitcode:
-        os._exit(RUN_ERROR)
+    addresses = gather_objects(address_of(host), world_axis())
+    args.endpoints = from_first_rank(start)
+    code = serve_rank(args)
+    return code or (beside.await_end() if beside else 0)

@@ -22,6 +22,7 @@ def add_serve(commands: Commands, name: str) -> None:
     _add_http(parser)
     _add_schedule(parser)
     _add_robustness(parser)
+    _add_processes(parser)
     parser.add_argument(
         "--trace", metavar="FILE", help="write a Chrome/Perfetto trace of all ranks at the end"
     )
@@ -115,6 +116,31 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("processes")
+    group.add_argument(
+        "--role",
+        choices=("all", "front-end", "engine"),
+        default="all",
+        help="start the HTTP front end, or the ranks, alone: such a front end outlives the jobs that run its "
+        "engine, and answers 503 between two of them",
+    )
+    group.add_argument(
+        "--engine-address",
+        metavar="HOST:PORT",
+        help="with --role: where the front end listens for its engine, on this port and the next; not "
+        "encrypted, a network of your own is assumed",
+    )
+    group.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="without a launcher: start the ranks again after a failure, N times; the front end answers 503 "
+        "meanwhile (under torchrun use its own --max-restarts)",
+    )
+
+
 def _add_robustness(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("limits")
     group.add_argument(
@@ -163,6 +189,13 @@ def check_limits(args: argparse.Namespace) -> None:
     """Raises ValueError for a number that no server can work with."""
     if not 0 <= args.port < 65536:
         raise ValueError(f"--port {args.port} must lie in 0..65535; 0 is any free port")
+    if (args.role == "all") != (args.engine_address is None):
+        raise ValueError(
+            f"--role {args.role} and --engine-address {args.engine_address}: --role front-end and --role "
+            "engine find each other at --engine-address HOST:PORT, --role all needs none"
+        )
+    if args.max_restarts < 0:
+        raise ValueError(f"--max-restarts {args.max_restarts} must be 0 (none) or above")
     if args.max_queue < 0:
         raise ValueError(f"--max-queue {args.max_queue} must be 0 (none may wait) or above")
     for name in (

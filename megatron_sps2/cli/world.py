@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 from megatron_sps2.cli.arguments import parallel_config
 from megatron_sps2.cli.launch_arguments import check_launch
@@ -18,6 +19,7 @@ from megatron_sps2.cli.layout import settle_layout
 from megatron_sps2.cli.process import RUN_ERROR, USER_ERROR, report, set_logging
 from megatron_sps2.parallel.hello import Hello, own_hello
 from megatron_sps2.parallel.local_world import Companion, run_local_world
+from megatron_sps2.parallel.network import card_towards
 from megatron_sps2.parallel.nodes import bind, check_tp_inside_nodes, own_cores
 from megatron_sps2.parallel.rank_env import (
     RankEnv,
@@ -54,7 +56,11 @@ def in_world(args: argparse.Namespace, body: Body, check: Check, explained: int 
 
 
 def in_local_world(
-    args: argparse.Namespace, body: Body, companion: Companion | None = None, explained: int = USER_ERROR
+    args: argparse.Namespace,
+    body: Body,
+    companion: Companion | None = None,
+    explained: int = USER_ERROR,
+    max_restarts: int = 0,
 ) -> int:
     """Starts dp x sp x tp ranks on this host, and a process beside them -> exit code."""
     world_size = parallel_config(args).world_size
@@ -65,6 +71,7 @@ def in_local_world(
         preload=PRELOAD,
         explained=explained,
         companion=companion,
+        max_restarts=max_restarts,
     )
 
 
@@ -100,6 +107,7 @@ def _run_rank(args: argparse.Namespace, body: Body, env: RankEnv, check: Check |
         try:
             args.device = pick_device(args.device, env.local_rank)
             _settle_cores(args, hellos[env.rank], hellos)
+            _settle_card(env, hellos)
             backend = "nccl" if args.device.startswith("cuda") else "gloo"
             init_process_group(env, backend, timedelta(seconds=args.timeout_s), store)
             settle_layout(args, env)
@@ -130,6 +138,15 @@ def _settle_cores(args: argparse.Namespace, mine: Hello, hellos: Sequence[Hello]
     if args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         num_local = sum(each.node == mine.node for each in hellos)
         torch.set_num_threads(len(cores) if cores else threads_per_rank(num_local))
+
+
+def _settle_card(env: RankEnv, hellos: Sequence[Hello]) -> None:
+    """Between hosts, the network card that leads to rank 0's; what the user has chosen stays."""
+    host = urlsplit(env.init_method).hostname
+    if host and len({each.node for each in hellos}) > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
+        card = card_towards(host)
+        if card:
+            os.environ["GLOO_SOCKET_IFNAME"] = card
 
 
 def _end(args: argparse.Namespace, message: str) -> None:

@@ -115,6 +115,11 @@ class Heartbeat:
         """The engine is up: from now on `activity` says what this rank does."""
         self._activity, self._is_ready = activity, True
 
+    @property
+    def is_broken(self) -> bool:
+        """A rank was lost."""
+        return bool(self._verdict)
+
     def when_lost(self, tell: Callable[[str], None]) -> None:
         """`tell` hears of a loss first."""
         self._listeners.append(tell)

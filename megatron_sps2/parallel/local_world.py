@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import multiprocessing
 import os
 import signal
@@ -17,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import connection, process, reduction
 from types import FrameType
 from typing import Any
@@ -76,6 +77,8 @@ class Companion:
 
 
 MAX_SIGNALS_PASSED_ON = 2
+# Of ranks, after the companion has ended.
+LAST_S = 20.0
 
 
 def run_local_world(
@@ -87,6 +90,7 @@ def run_local_world(
     grace_s: float = 5.0,
     explained: int | None = None,
     companion: Companion | None = None,
+    max_restarts: int = 0,
 ) -> int:
     """Runs `target(*args)` in `world_size` ranks of this host and waits for all; 0 when every one ended well.
 
@@ -94,24 +98,48 @@ def run_local_world(
     fails, a line on stderr names it, the others have `grace_s` seconds to end by themselves, and its exit
     code (128 + signal number for a signal) is returned. Ctrl-C and SIGTERM end all ranks, or go to the
     companion. By exit code `explained` a process says that the user has been told all there is: no line is
-    added.
+    added. After any other failure of a rank all ranks are started again, up to `max_restarts` times; the
+    companion stays.
     """
     if world_size < 1:
         raise ValueError(f"world_size={world_size} must be at least 1; it is dp x sp x tp")
-    family: list[Process] = []  # the companion comes after the ranks
-    passing_on = _PassingOn()
+    family, passing_on = _Family(), _PassingOn()
     with tempfile.TemporaryDirectory(prefix="sps2-") as folder, _signals(passing_on) as active:
         try:
-            _start_ranks(family, world_size, target, args, preload, f"file://{folder}/store")
-            if companion:
-                passing_on.companion = _start_companion(family, companion)
-            return _watch(family, explained, companion.on_failure if companion else None)
+            for attempt in itertools.count():
+                method = f"file://{folder}/store{attempt}"
+                _start_ranks(family.ranks, world_size, target, args, preload, method)
+                if companion and not family.companion:
+                    family.companion = passing_on.companion = _start_companion(world_size, companion)
+                code = _watch(family, explained, companion.on_failure if companion else None)
+                if code in (0, explained) or attempt == max_restarts or family.companion_has_ended:
+                    return code
+                _stop(family.ranks, grace_s)
+                family.ranks.clear()
+                _say(f"starting the ranks again ({attempt + 1} of {max_restarts})")
+            raise AssertionError("counts for ever")
         except _Ended as ended:
             grace_s = 0.0
             return 128 + ended.signum
         finally:
             with _signals(signal.SIG_IGN, active):
-                _stop(family, grace_s)
+                _stop(family.all, grace_s)
+
+
+@dataclass(slots=True)
+class _Family:
+    """The processes that were started; the companion comes after the ranks."""
+
+    ranks: list[Process] = field(default_factory=list)
+    companion: Process | None = None
+
+    @property
+    def all(self) -> list[Process]:
+        return [*self.ranks, *([self.companion] if self.companion else [])]
+
+    @property
+    def companion_has_ended(self) -> bool:
+        return self.companion is not None and self.companion.exitcode is not None
 
 
 class _PassingOn:
@@ -130,12 +158,11 @@ class _PassingOn:
             os.kill(self.companion.pid or 0, signal.SIGTERM)
 
 
-def _start_companion(family: list[Process], companion: Companion) -> Process:
-    start = _Start(environ=_shared_environ(len(family)), stdin=None)
+def _start_companion(world_size: int, companion: Companion) -> Process:
+    start = _Start(environ=_shared_environ(world_size), stdin=None)
     context = multiprocessing.get_context("forkserver")
     child = context.Process(target=_run_companion, args=(start, companion.target, tuple(companion.args)))
     child.name = companion.name
-    family.append(child)
     child.start()
     return child
 
@@ -251,11 +278,18 @@ def _limit_threads(count: str) -> None:
         sys.modules["torch"].set_num_threads(int(count.split(",")[0]))
 
 
-def _watch(ranks: list[Process], explained: int | None, on_failure: Callable[[str], None] | None) -> int:
-    """Waits until all have ended well (0) or one has not (its exit code, named on stderr)."""
+def _watch(family: _Family, explained: int | None, on_failure: Callable[[str], None] | None) -> int:
+    """Waits until all have ended well (0) or one has not (its exit code, named on stderr).
+
+    Ranks that go on for long after a companion that has ended well are left to be stopped.
+    """
+    ranks = family.all
     running = dict(enumerate(ranks))
     while running:
-        ready = set(connection.wait([child.sentinel for child in running.values()]))
+        patience = LAST_S if family.companion_has_ended else None
+        ready = set(connection.wait([child.sentinel for child in running.values()], patience))
+        if not ready:
+            return 0
         ended = {rank: child for rank, child in running.items() if child.sentinel in ready}
         for rank, child in ended.items():
             child.join()
@@ -273,10 +307,14 @@ def _fail(
     code = _exit_code(ranks[rank])
     obituary = _obituary(ranks[rank])
     if code != explained:
-        print(f"sps2: {obituary}; ending the others", file=sys.stderr, flush=True)
+        _say(f"{obituary}; ending the others")
     if on_failure:
         on_failure(obituary)
     return code if code > 0 else 128 - code
+
+
+def _say(line: str) -> None:
+    print(f"sps2: {line}", file=sys.stderr, flush=True)
 
 
 def _exit_code(child: Process) -> int:

@@ -17,7 +17,7 @@ def connect(endpoint: str) -> zmq.Socket[bytes]:
     return beats
 
 
-def tell_lost(endpoint: str, message: str) -> None:
+def tell_lost(endpoint: str, message: str, world: int | None = None) -> None:
     """The world is broken: the front end ends all requests with this line."""
     with connect(endpoint) as beats:
-        beats.send(encode(Lost(message=message)))
+        beats.send(encode(Lost(message=message, world=world)))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,7 +36,10 @@ from megatron_sps2.server.protocol import (
     decode_beat,
     decode_from_engine,
     encode,
+    identity,
 )
+
+logger = logging.getLogger(__name__)
 
 WATCH_S = 0.2
 RETRY_AFTER_S = 5.0
@@ -74,7 +79,9 @@ class EngineClient:
         self.stats: dict[int, EngineStats] = {}
         self.ranks: dict[int, RankState] = {}
         self.streams: dict[str, Stream] = {}
-        self._numbers = itertools.count()
+        self._world = 0  # the newest that was heard of
+        # An engine that outlives a front end may still answer what that one asked.
+        self._me, self._numbers = secrets.token_hex(4), itertools.count()
         context = zmq.asyncio.Context.instance()
         self._engine, self._beats = context.socket(zmq.ROUTER), context.socket(zmq.PULL)
         self._engine.bind(config.endpoints.engine)
@@ -94,6 +101,8 @@ class EngineClient:
             "draining": "the server is shutting down; ask another one",
             "lost": f"the engine is lost: {self.lost_message}",
         }
+        if self.state == "lost" and self._config.outlives_engine:
+            says["lost"] += "; it is being started again, try again"
         return ApiError(503, says.get(self.state, "not ready"), retry_after_s=RETRY_AFTER_S)
 
     def silent_ranks(self) -> dict[int, float]:
@@ -127,12 +136,15 @@ class EngineClient:
     async def submit(
         self, prompt_ids: Sequence[int], params: SamplingParams, attention: AttentionMode | None
     ) -> Stream:
-        """To the replica with the least to do."""
+        """To the replica with the least to do. ApiError 503 where the engine was lost since the room was."""
+        if self.state not in ("serving", "draining"):
+            raise self.unavailable()
         load = dict.fromkeys(self.replicas, 0)
         for other in self.streams.values():
             load[other.replica] = load.get(other.replica, 0) + other.num_prompt_tokens + other.max_tokens
         replica = min(load, key=lambda each: load[each])
-        stream = Stream(str(next(self._numbers)), replica, len(prompt_ids), params.max_tokens)
+        name = f"{self._me}-{next(self._numbers)}"
+        stream = Stream(name, replica, len(prompt_ids), params.max_tokens)
         self.streams[stream.request_id] = stream
         message = Submit(
             request_id=stream.request_id, prompt_ids=list(prompt_ids), params=params, attention=attention
@@ -160,7 +172,7 @@ class EngineClient:
             await self._send(replica, Stop())
 
     async def _send(self, replica: int, message: ToEngine) -> None:
-        await self._engine.send_multipart([str(replica).encode(), encode(message)])
+        await self._engine.send_multipart([identity(self._world, replica), encode(message)])
 
     # News.
 
@@ -172,15 +184,22 @@ class EngineClient:
 
     async def _read_engine(self) -> None:
         while True:
-            _, body = await self._engine.recv_multipart()
-            self._take(decode_from_engine(body))
+            sender, body = await self._engine.recv_multipart()
+            message = decode_from_engine(body)
+            if isinstance(message, Ready):
+                self._enter(message.world)
+            if sender.startswith(identity(self._world, 0)[:-1]):
+                self._take(message)
 
     async def _read_beats(self) -> None:
         while True:
             message = decode_beat(await self._beats.recv())
             if isinstance(message, Lost):
-                self._lose(message.message)
-            else:
+                if message.world in (None, self._world):
+                    self.lose(message.message)
+                continue
+            self._enter(message.world)
+            if message.world == self._world:
                 self.ranks[message.rank] = RankState(message, time.monotonic())
                 self._metrics.beat(message)
 
@@ -193,7 +212,19 @@ class EngineClient:
             if silent and self.state in ("serving", "draining"):
                 rank, age = max(silent.items(), key=lambda item: item[1])
                 host, pid = self.ranks[rank].beat.host, self.ranks[rank].beat.pid
-                self._lose(f"rank {rank} (pid {pid} on {host}) has been silent for {age:.1f} s")
+                self.lose(f"rank {rank} (pid {pid} on {host}) has been silent for {age:.1f} s")
+
+    def _enter(self, world: int) -> None:
+        """An engine that began after the one that was known: what that one had is gone."""
+        if world <= self._world:
+            return
+        if self._world:
+            logger.warning("another engine has come; the one before it: %s", self.lost_message or "ended")
+            self.lose("another one has taken its place")
+            self._metrics.restarted()
+        self._world, self.state, self.lost_message = world, "starting", ""
+        self.replicas, self.stats, self.ranks = {}, {}, {}
+        self.lost.clear()
 
     def _take(self, message: FromEngine) -> None:
         match message:
@@ -225,7 +256,8 @@ class EngineClient:
         self._metrics.delta(delta, stream)
         stream.news.put_nowait(delta)
 
-    def _lose(self, message: str) -> None:
+    def lose(self, message: str) -> None:
+        """Every request hears it; nothing is taken until another engine comes."""
         if self.state != "lost":
             self.state, self.lost_message = "lost", message
             self.fail_all(self.unavailable())

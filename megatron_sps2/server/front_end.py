@@ -1,6 +1,7 @@
 """The front end's process: it listens before the ranks are ready, and says how it ended by its exit code.
 
-0 after a drain; 1 when a rank was lost. Knows signals and the event loop.
+0 after a drain; 1 when a rank was lost, unless it outlives its engine: then it waits for another one.
+Knows signals and the event loop.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import uvicorn
 
 from megatron_sps2.engine.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -73,6 +76,8 @@ class _FrontEnd:
         server.should_exit = True
         await asyncio.wait({serving}, timeout=2 * FLUSH_S + 1)
         reading.cancel()
+        for path in map(Path, config.leftovers):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         return code
 
     def _on_signal(self) -> None:
@@ -80,23 +85,49 @@ class _FrontEnd:
         self._signalled.set()
 
     async def _until_end(self, client: EngineClient, reading: asyncio.Task[None]) -> int:
+        while True:
+            await self._until_news(client, reading)
+            if not client.lost.is_set():
+                code = await self._drain(client)
+                if code == DRAINED:
+                    return code
+            if not self._config.outlives_engine:
+                logger.error("%s; every request has been told", client.lost_message)
+                await asyncio.sleep(FLUSH_S)
+                return LOST
+            logger.error("%s; every request has been told; the engine may come again", client.lost_message)
+            while client.lost.is_set():
+                if self._signals:
+                    return DRAINED
+                if not self._keeper_lives():
+                    return LOST
+                await asyncio.sleep(LOOK_S)
+
+    async def _until_news(self, client: EngineClient, reading: asyncio.Task[None]) -> None:
+        """A loss or a signal. Raises what ended `reading`."""
         lost = asyncio.create_task(client.lost.wait())
         signalled = asyncio.create_task(self._signalled.wait())
         await asyncio.wait({lost, signalled, reading}, return_when=asyncio.FIRST_COMPLETED)
         if reading.done() and not client.lost.is_set():
             reading.result()
-        if not client.lost.is_set():
-            code = await self._drain(client)
-            if code == DRAINED:
-                return code
-        logger.error("%s; every request has been told", client.lost_message)
-        await asyncio.sleep(FLUSH_S)
-        return LOST
+        for task in (lost, signalled):
+            task.cancel()
+
+    def _keeper_lives(self) -> bool:
+        """Whether there is somebody who starts the engine again, as far as is known."""
+        return self._config.keeper_pid is None or psutil.pid_exists(self._config.keeper_pid)
 
     async def _drain(self, client: EngineClient) -> int:
         """What runs may finish; then the ranks are sent home."""
         loop = asyncio.get_running_loop()
-        client.state, end = "draining", loop.time() + self._config.drain_timeout_s
+        end = loop.time() + self._config.drain_timeout_s
+        while client.state == "starting" and loop.time() < end and self._signals < 2:
+            await asyncio.sleep(LOOK_S)  # Ranks that load hear nothing yet.
+        if client.state == "starting":
+            client.lose("the model was still being loaded when the time for draining was over")
+        if client.state != "serving":
+            return LOST
+        client.state = "draining"
         while client.streams and loop.time() < end and self._signals < 2:
             if client.lost.is_set():
                 return LOST

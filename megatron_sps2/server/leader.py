@@ -30,11 +30,13 @@ from megatron_sps2.server.protocol import (
     Token,
     decode_to_engine,
     encode,
+    identity,
 )
 
 logger = logging.getLogger(__name__)
 
 STATS_S = 0.25
+READY_S = 2.0
 LINGER_MS = 1000
 # Longest wait for a message while there is nothing to do; stats go out in between.
 IDLE_POLL_S = 0.5
@@ -48,33 +50,33 @@ class Leader:
         engine: Engine,
         endpoint: str,
         *,
+        world: int,
         idle_step_s: float,
         max_num_seqs: int,
         policy: str,
     ) -> None:
-        self._engine, self._idle_step_s = engine, idle_step_s
+        self._engine, self._world, self._idle_step_s = engine, world, idle_step_s
         self._max_num_seqs, self._policy = max_num_seqs, policy
         self._requests: dict[str, Request] = {}
         self._names: dict[int, str] = {}
         self._stopping = False
         self._audited = False
-        self._stats_due = self._stepped_at = time.monotonic()
+        self._stats_due = self._ready_due = self._stepped_at = time.monotonic()
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, str(engine.place.replica).encode())
+        self._socket.setsockopt(zmq.IDENTITY, identity(world, engine.place.replica))
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.connect(endpoint)
 
     def run(self) -> None:
         """Until Stop; then the other ranks are sent home too."""
-        self._send(self._ready())
         while not self._stopping:
+            self._tell_state()
             self._take_messages()
             if self._engine.has_work:
                 self._report(self._engine.step())
                 self._audited, self._stepped_at = False, time.monotonic()
             else:
                 self._rest()
-            self._tell_stats()
         self._engine.stop()
         self._socket.close()
 
@@ -156,6 +158,7 @@ class Leader:
     def _ready(self) -> Ready:
         engine = self._engine
         return Ready(
+            world=self._world,
             replica=engine.place.replica,
             ranks=list(engine.ranks),
             num_layers=engine.model.num_layers,
@@ -168,12 +171,16 @@ class Leader:
             policy=self._policy,
         )
 
-    def _tell_stats(self) -> None:
-        if time.monotonic() < self._stats_due:
+    def _tell_state(self) -> None:
+        now = time.monotonic()
+        if now >= self._ready_due:  # again and again: a front end may have been started anew
+            self._ready_due = now + READY_S
+            self._send(self._ready())
+        if now < self._stats_due:
             return
-        self._stats_due = time.monotonic() + STATS_S
+        self._stats_due = now + STATS_S
         scheduler, blocks = self._engine.scheduler, self._engine.blocks
-        counters, now = scheduler.counters, {piece.request_id for piece in self._engine.last_plan.pieces}
+        counters, in_step = scheduler.counters, {piece.request_id for piece in self._engine.last_plan.pieces}
         self._send(
             EngineStats(
                 replica=self._engine.place.replica,
@@ -181,7 +188,7 @@ class Leader:
                 num_prefilling=len(scheduler.prefilling),
                 num_running=len(scheduler.running),
                 num_swapped=len(scheduler.swapped),
-                num_paused=sum(each.request.request_id not in now for each in scheduler.prefilling),
+                num_paused=sum(each.request.request_id not in in_step for each in scheduler.prefilling),
                 num_free_blocks=blocks.num_free_blocks,
                 num_cached_blocks=blocks.num_cached_blocks,
                 num_steps=counters.num_steps,

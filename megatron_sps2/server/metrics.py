@@ -86,6 +86,11 @@ class Metrics:
         self._num_prompt = counter("prompt_tokens", "Prompt tokens of requests with a first token")
         self._num_generated = counter("generation_tokens", "Tokens generated")
         self._success = counter("request_success", "Requests that ended", "finished_reason")
+        self._restarts = Counter(
+            "sps2:engine_restarts",
+            "Times that another engine took a lost one's place",
+            registry=self.registry,
+        )
         self._http = Counter("sps2:http_requests", "HTTP answers", ["route", "code"], registry=self.registry)
         self._refused = Counter(
             "sps2:requests_refused", "Requests turned away", ["reason"], registry=self.registry
@@ -110,6 +115,12 @@ class Metrics:
     def beat(self, beat: Beat) -> None:
         self._beats[beat.rank] = time.monotonic(), beat
         self.steps.extend((beat.rank, step) for step in beat.steps)
+
+    def restarted(self) -> None:
+        """What follows is of another engine."""
+        self._restarts.inc()
+        for forgotten in (self._beats, self._stats, self._ready):
+            forgotten.clear()
 
     def stats(self, stats: EngineStats, ready: Ready | None) -> None:
         self._stats[stats.replica] = stats

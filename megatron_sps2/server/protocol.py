@@ -22,15 +22,20 @@ BEAT_S = 0.5
 class Endpoints:
     """ZeroMQ addresses that the front end binds."""
 
-    engine: str  # ROUTER; the identity of a replica's leader is b"0", b"1", ...
+    engine: str  # ROUTER; a replica's leader has the identity that `identity` gives
     beats: str  # PULL
+
+
+def identity(world: int, replica: int) -> bytes:
+    """Of a leader's socket. Worlds are numbered by when they began: what an earlier one says is not heard."""
+    return f"{world}:{replica}".encode()
 
 
 # Front end -> leader of a replica.
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """A new request. `request_id` is the front end's own, unique; an HTTP request may make several."""
+    """A new request. `request_id` is unique, over front ends too; an HTTP request may make several."""
 
     request_id: str
     prompt_ids: list[int]
@@ -58,8 +63,9 @@ ToEngine = Submit | Abort | Stop
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """The first message: weights are loaded and requests are served."""
+    """Weights are loaded and requests are served. The first message, and again now and then."""
 
+    world: int
     replica: int
     ranks: list[int]  # world ranks of the replica
     num_layers: int
@@ -168,6 +174,7 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
 class Beat(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """A rank lives. Sent every BEAT_S seconds by a thread of its own, also in the middle of a long step."""
 
+    world: int
     rank: int  # in the world
     replica: int
     sp_rank: int
@@ -186,6 +193,7 @@ class Lost(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """The world is broken: one line that names who and how. All requests end with an error."""
 
     message: str
+    world: int | None = None  # None: the present one
 
 
 BeatMessage = Beat | Lost

@@ -26,10 +26,10 @@ MAX_STEPS_KEPT = 2000
 
 
 class Pulse:
-    """`with Pulse(engine, endpoint):` the rank beats; its engine is watched meanwhile."""
+    """`with Pulse(engine, endpoint, world):` the rank beats; its engine is watched meanwhile."""
 
-    def __init__(self, engine: Engine, endpoint: str) -> None:
-        self._engine, self._endpoint = engine, endpoint
+    def __init__(self, engine: Engine, endpoint: str, world: int) -> None:
+        self._engine, self._endpoint, self._world = engine, endpoint, world
         self._steps: deque[StepRecord] = deque(maxlen=MAX_STEPS_KEPT)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
@@ -58,6 +58,7 @@ class Pulse:
     def _state(self) -> Beat:
         engine, place = self._engine, self._engine.place
         return Beat(
+            world=self._world,
             rank=place.rank,
             replica=place.replica,
             sp_rank=place.sp_rank,
