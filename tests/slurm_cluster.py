@@ -115,7 +115,7 @@ class SlurmCluster:
         """Waits until the job is as `wanted`: by default, until it has ended."""
         end = time.monotonic() + TIMEOUT_S
         while not wanted(job := self.job(number)):
-            assert time.monotonic() < end, f"{job}; {self.log(number)}"
+            assert job.state not in ENDED and time.monotonic() < end, f"{job}; {self.log(number)}"
             time.sleep(0.1)
         return job
 
