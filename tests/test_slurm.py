@@ -127,10 +127,25 @@ def test_a_cancelled_job_stays_cancelled(cluster: SlurmCluster, tmp_path: Path) 
     assert (job.state, job.num_restarts) == ("CANCELLED", 0)
 
 
-def test_a_job_serves_runs_its_workload_and_drains(cluster: SlurmCluster, flags: tuple[object, ...]) -> None:
-    """The default workload: examples/curl.sh."""
+# examples/curl.sh, and an answer of many tokens that is still on its way when the workload ends.
+WORKLOAD = """
+examples/curl.sh "$BASE_URL"
+curl -sN "$BASE_URL/v1/completions" -H 'Content-Type: application/json' -o "$STREAM" \\
+  -d '{"prompt": [7, 8, 9], "max_tokens": 600, "temperature": 0, "ignore_eos": true, "stream": true}' &
+until [ -s "$STREAM" ]; do sleep 0.05; done
+echo "$(grep -c DONE "$STREAM") answers are whole"
+"""
+
+
+def test_a_job_serves_runs_its_workload_and_drains(
+    cluster: SlurmCluster, flags: tuple[object, ...], tmp_path: Path
+) -> None:
+    stream = tmp_path / "stream"
     script = (LAUNCH / "slurm_serve_and_bench.sbatch", "serve", *flags[:4], "--max-model-len", 2048)
-    number = cluster.sbatch(*TWO_NODES, *script)
-    job = cluster.wait(number)
+    number = cluster.sbatch(*TWO_NODES, *script, WORKLOAD=WORKLOAD, STREAM=str(stream))
+    job, output = cluster.wait(number), cluster.output(number)
     assert (job.state, job.exit_code) == ("COMPLETED", 0), cluster.log(number)
-    assert "# A chat, streamed" in cluster.output(number) and "sps2:num_requests" in cluster.output(number)
+    assert "# A chat, streamed" in output and "sps2:num_requests" in output
+    # Control: the drain began before the answer's end.
+    assert "0 answers are whole" in output
+    assert "[DONE]" in stream.read_text() and "error" not in stream.read_text()
