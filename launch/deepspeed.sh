@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Ranks by DeepSpeed's launcher: NPROC=4 launch/deepspeed.sh generate --sp 4 --checkpoint DIR --prompt-file FILE
 # On several hosts: HOSTFILE (see hostfile.example), whose slots say the ranks of each, and MASTER_ADDR, the first one's
-# address (asked for by ssh if unset). DEEPSPEED_ARGS: more options, words without quotes, such as --launcher openmpi.
+# address (asked for by ssh if unset). DEEPSPEED_ARGS: more options, quoted as in a shell.
 # The launcher only starts the ranks, quietly: it would log on stdout.
 set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -15,6 +15,6 @@ export OMPI_MCA_hwloc_base_binding_policy=none PRTE_MCA_hwloc_default_binding_po
 export -n MASTER_ADDR MASTER_PORT
 where=(--num_gpus "${NPROC:-2}")
 if [ -n "${HOSTFILE:-}" ]; then where=(--hostfile "$HOSTFILE" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"}); fi
-# shellcheck disable=SC2086 # DEEPSPEED_ARGS holds several words.
-exec deepspeed --quiet "${where[@]}" --master_port "$MASTER_PORT" ${DEEPSPEED_ARGS:-} \
+mapfile -t more < <(xargs -r printf '%s\n' <<<"${DEEPSPEED_ARGS:-}")
+exec deepspeed --quiet "${where[@]}" --master_port "$MASTER_PORT" "${more[@]}" \
   --no_local_rank --module megatron_sps2 "$@"

@@ -1,7 +1,7 @@
-"""A real SLURM for tests: munge, a controller and two nodes on this host, with ports, key and files of their own.
+"""A real SLURM for tests: munge, a controller and two nodes on this host, with ports and files of their own.
 
-Nodes are called by loopback addresses, 127.0.0.2 and 127.0.0.3: names that resolve everywhere, so that ranks find
-the first of a node list as they do on a cluster. Knows jobs, not what runs in them. Linux, as root.
+Nodes are called by loopback addresses, 127.0.0.2 and 127.0.0.3: names that resolve everywhere, so that ranks
+find the first of a node list as they do on a cluster. Knows jobs, not what runs in them. Linux, as root.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_interval=1,bf_interval=1
 MpiDefault=none
 JobRequeue=1
 ReturnToService=2

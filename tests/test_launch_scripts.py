@@ -1,4 +1,4 @@
-"""launch/ without ranks: clean shell, what the scripts do around the ranks, the systemd unit, the hostfile."""
+"""launch/ without ranks: clean shell, what scripts do around the ranks, the systemd unit, the hostfile."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ while true; do sleep 0.05; done
 """
 SCANCEL = 'echo "scancel $*" >>"$CALLS"; kill "$(<"$CALLS.server")"'
 SCONTROL = 'echo "scontrol $*" >>"$CALLS"'
+REQUEUED = "scontrol requeue 7"
 
 
 def run_script(
@@ -48,9 +49,12 @@ def run_script(
     return done, calls.read_text().splitlines()
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck; Debian: apt-get install shellcheck")
+@pytest.mark.skipif(
+    shutil.which("shellcheck") is None, reason="no shellcheck; Debian: apt-get install shellcheck"
+)
 def test_scripts_are_clean() -> None:
-    done = subprocess.run(("shellcheck", *SCRIPTS), capture_output=True, text=True, timeout=60)
+    others = (str(ROOT / ".ci" / "run"), str(ROOT / "examples" / "curl.sh"))
+    done = subprocess.run(("shellcheck", *SCRIPTS, *others), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
     assert len(SCRIPTS) == 6
 
@@ -82,7 +86,13 @@ def test_a_server_that_does_not_start_ends_the_job_with_its_status(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("status", "count", "wanted"),
-    [(0, None, []), (1, None, ["scontrol requeue 7"]), (137, "1", ["scontrol requeue 7"]), (1, "2", []), (2, None, [])],
+    [
+        (0, None, []),
+        (1, None, [REQUEUED]),
+        (137, "1", [REQUEUED]),
+        (1, "2", []),
+        (2, None, []),
+    ],
     ids=["done", "first failure", "second failure", "third failure", "a mistake"],
 )
 def test_failures_are_queued_again_and_mistakes_are_not(
@@ -103,11 +113,15 @@ def test_control_nothing_is_queued_again_unless_asked(tmp_path: Path) -> None:
 def test_mpirun_takes_along_what_other_hosts_need(tmp_path: Path) -> None:
     programs = {"mpirun": 'echo "$@" >>"$CALLS"'}
     extra = {"HOSTFILE": "hosts", "NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "eth1", "NPROC": "4"}
+    extra["MPIRUN_ARGS"] = "'--map-by' node:PE=2 --report-bindings"
     _, calls = run_script("mpirun.sh", "generate", "--sp", "4", folder=tmp_path, programs=programs, **extra)
     words = calls[0].split()
     taken = [words[i + 1] for i, word in enumerate(words) if word == "-x"]
+    assert "--map-by node:PE=2 --report-bindings" in calls[0]
     assert sorted(taken) == ["GLOO_SOCKET_IFNAME", "NCCL_DEBUG", "OMP_NUM_THREADS", "PYTHONPATH"]
-    assert calls[0].startswith("--hostfile hosts -n 4 ") and calls[0].endswith("-m megatron_sps2 generate --sp 4")
+    assert calls[0].startswith("--hostfile hosts -n 4 ") and calls[0].endswith(
+        "-m megatron_sps2 generate --sp 4"
+    )
 
 
 def test_several_hosts_by_torchrun_need_a_place_to_meet(tmp_path: Path) -> None:

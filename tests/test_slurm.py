@@ -1,4 +1,4 @@
-"""Jobs of a real SLURM with two nodes: srun, sbatch, one torchrun a node, a failure, a requeue, a server and its workload."""
+"""Jobs of a real SLURM with two nodes: srun, sbatch, torchrun inside, failures, a server and its workload."""
 
 from __future__ import annotations
 
@@ -53,9 +53,8 @@ def assert_same(stdout: str, spawned: dict[str, Any]) -> None:
 def with_python(folder: Path, line: str) -> dict[str, str]:
     """An environment in which the first `python` that is found does `line` in the first life of a job."""
     path = folder / "python"
-    path.write_text(
-        f'#!/usr/bin/env bash\nif [ -z "${{SLURM_RESTART_COUNT:-}}" ]; then {line}; fi\nexec {sys.executable} "$@"\n'
-    )
+    first = f'if [ -z "${{SLURM_RESTART_COUNT:-}}" ]; then {line}; fi'
+    path.write_text(f'#!/usr/bin/env bash\n{first}\nexec {sys.executable} "$@"\n')
     path.chmod(0o755)
     return {"PATH": f"{folder}{os.pathsep}{environ()['PATH']}"}
 
@@ -87,7 +86,9 @@ def test_sbatch_on_two_nodes_gives_the_same_answer(
 def test_one_torchrun_a_node_gives_the_same_answer(
     cluster: SlurmCluster, flags: tuple[object, ...], spawned: dict[str, Any]
 ) -> None:
-    number = cluster.sbatch("-N", 2, LAUNCH / "slurm_torchrun.sbatch", "generate", *flags, "--json", NPROC="1")
+    number = cluster.sbatch(
+        "-N", 2, LAUNCH / "slurm_torchrun.sbatch", "generate", *flags, "--json", NPROC="1"
+    )
     assert cluster.wait(number).state == "COMPLETED", cluster.log(number)
     assert_same(cluster.output(number), spawned)
 
@@ -131,7 +132,7 @@ def test_a_cancelled_job_stays_cancelled(cluster: SlurmCluster, tmp_path: Path) 
 WORKLOAD = """
 examples/curl.sh "$BASE_URL"
 curl -sN "$BASE_URL/v1/completions" -H 'Content-Type: application/json' -o "$STREAM" \\
-  -d '{"prompt": [7, 8, 9], "max_tokens": 600, "temperature": 0, "ignore_eos": true, "stream": true}' &
+  -d '{"prompt": [7, 8, 9], "max_tokens": 400, "temperature": 0, "ignore_eos": true, "stream": true}' &
 until [ -s "$STREAM" ]; do sleep 0.05; done
 echo "$(grep -c DONE "$STREAM") answers are whole"
 """
