@@ -34,6 +34,7 @@ CPUS_PER_NODE = 8
 
 CONF = """\
 ClusterName=sps2
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmUser=root
@@ -165,6 +166,8 @@ def _write_settings(folder: Path) -> None:
         for node, port in zip(NODES, ports, strict=True)
     )
     values = {"host": host, "controller_port": controller_port, "nodes": nodes, "credential_s": CREDENTIAL_S}
+    # Ranks meet at a port that follows from the job's number: two clusters on this host shall not share one.
+    values["first_job"] = secrets.randbelow(10_000) + 1
     (folder / "slurm.conf").write_text(CONF.format(folder=folder, **values))
     # Nothing above asks for a control group; SLURM 22 wants a plugin that can be loaded nevertheless.
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")

@@ -23,7 +23,7 @@ echo 4242 >"${@: -1}"
 while true; do sleep 0.05; done
 """
 SCANCEL = 'echo "scancel $*" >>"$CALLS"; kill "$(<"$CALLS.server")"'
-SCONTROL = 'echo "scontrol $*" >>"$CALLS"'
+SCONTROL, SQUEUE = 'echo "scontrol $*" >>"$CALLS"', 'echo "${STATE:-RUNNING}"'
 REQUEUED = "scontrol requeue 7"
 
 
@@ -99,15 +99,18 @@ def test_failures_are_queued_again_and_mistakes_are_not(
     tmp_path: Path, status: int, count: str | None, wanted: list[str]
 ) -> None:
     extra = {"MAX_RESTARTS": "2"} | ({"SLURM_RESTART_COUNT": count} if count else {})
-    programs = {"srun": f"exit {status}", "scontrol": SCONTROL}
+    programs = {"srun": f"exit {status}", "scontrol": SCONTROL, "squeue": SQUEUE}
     done, calls = run_script("slurm.sbatch", "generate", folder=tmp_path, programs=programs, **extra)
     assert (done.returncode, calls) == (status, wanted)
 
 
-def test_control_nothing_is_queued_again_unless_asked(tmp_path: Path) -> None:
-    programs = {"srun": "exit 1", "scontrol": SCONTROL}
-    done, calls = run_script("slurm.sbatch", "generate", folder=tmp_path, programs=programs)
-    assert (done.returncode, calls) == (1, [])
+@pytest.mark.parametrize(
+    "extra", [{}, {"MAX_RESTARTS": "2", "STATE": "COMPLETING"}], ids=["not asked", "cancelled"]
+)
+def test_control_nothing_is_queued_again_unless_asked(tmp_path: Path, extra: dict[str, str]) -> None:
+    programs = {"srun": "exit 143", "scontrol": SCONTROL, "squeue": SQUEUE}
+    done, calls = run_script("slurm.sbatch", "generate", folder=tmp_path, programs=programs, **extra)
+    assert (done.returncode, calls) == (143, [])
 
 
 def test_mpirun_takes_along_what_other_hosts_need(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.planted_error import PLANTED
-from tests.slurm_cluster import SlurmCluster, slurm_cluster, why_none
+from tests.slurm_cluster import NODES, SlurmCluster, slurm_cluster, why_none
 from tests.sps2_command import ROOT, answer, environ, make_checkpoint, write_ids
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_none()), reason=why_none())]
@@ -116,6 +116,18 @@ def test_a_failed_job_comes_back_as_often_as_max_restarts_says(
     assert (job.state, job.exit_code, job.num_restarts) == ("COMPLETED", 0, 1), cluster.log(number)
     assert PLANTED in cluster.log(number)
     assert_same(cluster.output(number), spawned)
+
+
+def test_a_job_that_loses_a_node_comes_back(cluster: SlurmCluster, tmp_path: Path) -> None:
+    script = (*TWO_NODES, "--requeue", LAUNCH / "slurm.sbatch", "--version")
+    number = cluster.sbatch(*script, **with_python(tmp_path, f"touch {tmp_path}/life; sleep 60"))
+    cluster.wait(number, lambda job: (tmp_path / "life").exists())
+    node = ("scontrol", "update", f"nodename={NODES[1]}", "reason=lost")
+    assert cluster.run(*node, "state=down").returncode == 0
+    cluster.wait(number, lambda job: job.num_restarts == 1)
+    assert cluster.run(*node, "state=resume").returncode == 0
+    assert cluster.wait(number).state == "COMPLETED", cluster.log(number)
+    assert cluster.output(number).count("sps2") == 2, "one line of each rank"
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: SlurmCluster, tmp_path: Path) -> None:
