@@ -1,4 +1,4 @@
-"""The front end's event loop is never held up by one request's text: it carries everybody's stream. Its signals."""
+"""The front end: one request's text never holds up its event loop, which carries all streams; its signals."""
 
 from __future__ import annotations
 
