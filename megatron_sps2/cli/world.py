@@ -20,12 +20,11 @@ from megatron_sps2.cli.process import RUN_ERROR, USER_ERROR, report, set_logging
 from megatron_sps2.parallel.hello import Hello, own_hello
 from megatron_sps2.parallel.local_world import Companion, run_local_world
 from megatron_sps2.parallel.network import card_towards
-from megatron_sps2.parallel.nodes import bind, check_tp_inside_nodes, own_cores
+from megatron_sps2.parallel.nodes import bind, check_tp_inside_nodes, num_threads, own_cores
 from megatron_sps2.parallel.rank_env import (
     RankEnv,
     init_process_group,
     limit_shape_caches,
-    threads_per_rank,
 )
 from megatron_sps2.parallel.rendezvous import meet, open_store
 
@@ -136,8 +135,7 @@ def _settle_cores(args: argparse.Namespace, mine: Hello, hellos: Sequence[Hello]
     if cores:
         bind(cores)
     if args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        num_local = sum(each.node == mine.node for each in hellos)
-        torch.set_num_threads(len(cores) if cores else threads_per_rank(num_local))
+        torch.set_num_threads(num_threads(mine, hellos))
 
 
 def _settle_card(env: RankEnv, hellos: Sequence[Hello]) -> None:

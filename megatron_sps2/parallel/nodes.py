@@ -44,6 +44,13 @@ def own_cores(mine: Hello, hellos: Sequence[Hello]) -> Cores | None:
     return split_cores(in_order(mine.cores), len(local), numa_nodes())[place]
 
 
+def num_threads(mine: Hello, hellos: Sequence[Hello]) -> int:
+    """Compute threads of this rank: its share of the cores that its node's ranks may run on; at least 1."""
+    local = [each for each in hellos if each.node == mine.node]
+    is_shared = len({each.cores for each in local}) == 1
+    return max(1, len(mine.cores) // (len(local) if is_shared else 1))
+
+
 def split_cores(cores: Cores, num_ranks: int, numa: Sequence[Cores]) -> list[Cores]:
     """`cores` for each of `num_ranks` ranks, none shared; ranks are dealt to NUMA nodes in blocks."""
     nodes = [tuple(core for core in cores if core in node) for node in numa]

@@ -33,6 +33,8 @@ DRAINED, LOST = 0, 1
 # For responses to get out before the process ends.
 FLUSH_S = 1.0
 LOOK_S = 0.05
+# SLURM signals every process of a step, and rank 0 passes on its own signal: one wish, heard twice.
+ONE_SIGNAL_S = 1.0
 BACKLOG = 1024
 
 
@@ -53,6 +55,7 @@ class _FrontEnd:
     def __init__(self, config: FrontEndConfig) -> None:
         self._config = config
         self._signals = 0
+        self._heard_at = -ONE_SIGNAL_S
         self._signalled = asyncio.Event()
         self._metrics = Metrics(config.served_model_name)
 
@@ -81,6 +84,10 @@ class _FrontEnd:
         return code
 
     def _on_signal(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._heard_at < ONE_SIGNAL_S:
+            return
+        self._heard_at = now
         self._signals += 1
         self._signalled.set()
 
@@ -120,7 +127,8 @@ class _FrontEnd:
     async def _drain(self, client: EngineClient) -> int:
         """What runs may finish; then the ranks are sent home."""
         loop = asyncio.get_running_loop()
-        end = loop.time() + self._config.drain_timeout_s
+        begin = loop.time()
+        end = begin + self._config.drain_timeout_s
         while client.state == "starting" and loop.time() < end and self._signals < 2:
             await asyncio.sleep(LOOK_S)  # Ranks that load hear nothing yet.
         if client.state == "starting":
@@ -132,7 +140,7 @@ class _FrontEnd:
             if client.lost.is_set():
                 return LOST
             await asyncio.sleep(LOOK_S)
-        waited = f"was still running after {self._config.drain_timeout_s} s of draining"
+        waited = f"was still running after {loop.time() - begin:.1f} s of draining"
         leftovers = dict(client.streams)
         for stream in leftovers.values():
             stream.news.put_nowait(
