@@ -173,13 +173,16 @@ while True:
     time.sleep(0.05)
 """
 ASK = """
-import json, sys, urllib.request
+import json, sys, urllib.error, urllib.request
 ids, num_tokens = json.loads(sys.argv[1]), int(sys.argv[2])
 body = {"prompt": ids, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
 request = urllib.request.Request("http://127.0.0.1:8000/v1/completions", json.dumps(body).encode())
 request.add_header("Content-Type", "application/json")
-with urllib.request.urlopen(request, timeout=60) as answer:
-    print(answer.read().decode())
+try:
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        print(answer.read().decode())
+except urllib.error.HTTPError as error:
+    sys.exit(error.read().decode())
 """
 
 
@@ -194,23 +197,26 @@ def wait(hosts: TwoHosts, run: Launched, path: str, condition: str = "True") -> 
     assert waiting.returncode == 0
 
 
-@pytest.mark.xfail(reason="serve names rank 0's host by its own name", strict=False)
-@pytest.mark.parametrize("how", ["loopback", "none"])
+@pytest.mark.xfail(
+    reason="serve names its host by its own name; a second SIGTERM cuts the drain", strict=False
+)
 def test_a_server_over_two_hosts_answers_as_one_host_does_and_drains(
-    hosts: TwoHosts, checkpoint: Path, local: dict[str, Any], tmp_path: Path, how: str
+    hosts: TwoHosts, checkpoint: Path, local: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Where the hosts' own names are of no use to others, as on many machines; rank 1's beats arrive too."""
-    hosts.resolve(how)
+    """Where a host's own name is of no use to others, as on many machines; healthy means that rank 1 beats."""
+    hosts.resolve("loopback")
     flags = ("--checkpoint", checkpoint, "--sp", 2, "--port", HTTP_PORT, "--short-prompt-tokens", 1)
     run = launch(hosts, tmp_path, "serve", *flags, GLOO_SOCKET_IFNAME=CARD)
     wait(hosts, run, "/health")
     found = json.loads(python(hosts, 0, ASK, [*PROMPT], 12))
     assert found["choices"][0]["text"] == local["text"] and found["timings"]["sp_size"] == 2
-    last = hosts.popen(0, (sys.executable, "-c", ASK, str([*PROMPT]), "100"), environ())
+    last = hosts.popen(0, (sys.executable, "-c", ASK, str([*PROMPT]), "60"), environ())
     wait(hosts, run, "/live", "any(each['num_generated'] > 3 for each in found['requests'])")
     for launcher in run.launchers:
         launcher.send_signal(signal.SIGTERM)
-    assert json.loads(last.communicate(timeout=60)[0])["usage"]["completion_tokens"] == 100
+    out, err = last.communicate(timeout=60)
+    assert last.returncode == 0, err + run.stderr(0) + run.stderr(1)
+    assert json.loads(out)["usage"]["completion_tokens"] == 60
     run.end(30)  # torchrun itself exits with 1 for every signal.
     assert "sps2: error" not in run.stderr(0) + run.stderr(1)
 
