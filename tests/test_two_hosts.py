@@ -203,7 +203,7 @@ def wait(hosts: TwoHosts, run: Launched, path: str, condition: str = "True") -> 
 def test_a_server_over_two_hosts_answers_as_one_host_does_and_drains(
     hosts: TwoHosts, checkpoint: Path, local: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Where a host's own name is of no use to others, as on many machines; healthy means that rank 1 beats."""
+    """Where a host's own name is of no use to others, as often; healthy means that rank 1 beats."""
     hosts.resolve("loopback")
     flags = ("--checkpoint", checkpoint, "--sp", 2, "--port", HTTP_PORT, "--short-prompt-tokens", 1)
     run = launch(hosts, tmp_path, "serve", *flags, GLOO_SOCKET_IFNAME=CARD)
