@@ -1,6 +1,6 @@
-"""Two network namespaces of this machine that play two hosts: own addresses, own host names, one cable that can be cut.
+"""Two network namespaces of this machine that play two hosts: own addresses and names, a cable that can be cut.
 
-Knows `ip`, not ranks. Needs root, and a kernel that lets it make namespaces; `reason_against` says what is missing.
+Knows `ip`, not ranks. Needs root and a kernel that lets it make namespaces; `reason_against` says what lacks.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ class TwoHosts:
     def cut(self, *, silent: bool = True) -> None:
         """Nothing passes any more, in both directions.
 
-        Silent: what is sent is lost, as behind a switch that died. Otherwise the cards go down: a new connection
-        is "Network is unreachable" at once. Those that stand get no error either way: TCP waits and sends again.
+        Silent: what is sent is lost, as behind a switch that died. Otherwise the cards go down: to a new
+        connection the network is unreachable at once. Connections that stand get no error either way: TCP
+        waits and sends again.
         """
         for name in self.names:
             if silent:
@@ -94,7 +95,7 @@ class TwoHosts:
 
 @contextmanager
 def two_hosts() -> Iterator[TwoHosts]:
-    """Two hosts on one cable, without a route to anywhere else; at the end all of it is gone, processes too."""
+    """Two hosts on one cable, without a route to elsewhere; at the end all of it is gone, processes too."""
     tag = secrets.token_hex(3)
     hosts = TwoHosts((f"left-{tag}", f"right-{tag}"), ("10.77.0.1", "10.77.0.2"))
     try:
