@@ -1,4 +1,4 @@
-"""Two network namespaces of this machine that play two hosts: own addresses and names, a cable that can be cut.
+"""Two network namespaces that play two hosts: own addresses and names, and a cable that can be cut.
 
 Knows `ip`, not ranks. Needs root and a kernel that lets it make namespaces; `reason_against` says what lacks.
 """
