@@ -56,6 +56,7 @@ def _ranks(service: Service) -> list[dict[str, Any]]:
             "sp_rank": state.beat.sp_rank,
             "tp_rank": state.beat.tp_rank,
             "host": state.beat.host,
+            "pid": state.beat.pid,
             "beat_age_s": now - state.seen_at,
             "kv_used_blocks": state.beat.num_used_blocks,
             "kv_total_blocks": ready.num_blocks if (ready := client.replicas.get(state.beat.replica)) else 0,
