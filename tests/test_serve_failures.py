@@ -142,6 +142,32 @@ def test_a_lost_rank_is_told_to_all_clients_and_ends_the_server(
         assert f"rank {victim}" in server.log.read_text()
 
 
+def test_a_rank_that_is_stopped_for_five_seconds_costs_time_and_nothing_else(checkpoint: Path) -> None:
+    """With the time-outs that users get, in mid-prefill and mid-decode alike."""
+    with ThreadPoolExecutor(8) as pool, serve(checkpoint, "--sp", 2, "--no-enable-prefix-caching") as server:
+        victim = processes(server)[1]
+        work = [(LONG[:8000], 4), (GOOD, 120), (GOOD[:20], 160), (GOOD[:600], 120)]
+        wanted = [post(server, ids, count) for ids, count in work]
+        asks = [pool.submit(post, server, ids, count) for ids, count in work]
+        await_state(server, lambda live: is_prefilling(live) and live["num_running"] > 0)
+        victim.send_signal(signal.SIGSTOP)
+        begin = time.monotonic()
+        time.sleep(5)
+        assert not any(ask.done() for ask in asks), "nothing was under way"
+        victim.send_signal(signal.SIGCONT)
+        found = [ask.result(timeout=60) for ask in asks]
+        assert time.monotonic() - begin > 5
+        assert [text_of(each) for each in found] == [text_of(each) for each in wanted]
+        assert server.get("/health")[0] == 200 and server.metric("sps2:kv_blocks_leaked") == 0
+        assert server.end() == 0
+
+
+def text_of(reply: tuple[int, str]) -> str:
+    status, body = reply
+    assert status == 200, body
+    return str(json.loads(body)["choices"][0]["text"])
+
+
 def _health(server: Server) -> int:
     try:
         return server.get("/health", timeout=5)[0]
