@@ -14,6 +14,7 @@ from datetime import timedelta
 from urllib.parse import urlsplit
 
 from megatron_sps2.cli.arguments import parallel_config
+from megatron_sps2.cli.device import pick_device
 from megatron_sps2.cli.launch_arguments import check_launch
 from megatron_sps2.cli.layout import settle_layout
 from megatron_sps2.cli.process import RUN_ERROR, USER_ERROR, report, set_logging
@@ -104,7 +105,7 @@ def _run_rank(args: argparse.Namespace, body: Body, env: RankEnv, check: Check |
         on_lost=lambda message: _end(args, message),
     ) as args.heart:
         try:
-            args.device = pick_device(args.device, env.local_rank)
+            args.device = pick_device(args.device, env)
             _settle_cores(args, hellos[env.rank], hellos)
             _settle_card(env, hellos)
             backend = "nccl" if args.device.startswith("cuda") else "gloo"
@@ -154,19 +155,3 @@ def _end(args: argparse.Namespace, message: str) -> None:
         time.sleep(LEAVE_S)
         os._exit(RUN_ERROR)
     os._exit(report(RuntimeError(message)))
-
-
-def pick_device(wanted: str, local_rank: int) -> str:
-    """'cpu' or 'cuda:N'. Raises ValueError when cuda is asked for and there is none for this rank."""
-    import torch
-
-    count = torch.cuda.device_count() if wanted != "cpu" else 0
-    if wanted == "cpu" or (wanted == "auto" and count == 0):
-        return "cpu"
-    if local_rank >= count:
-        raise ValueError(
-            f"--device {wanted}: this host has {count} CUDA devices and local rank {local_rank} needs its "
-            "own; start fewer ranks here or use --device cpu"
-        )
-    torch.cuda.set_device(local_rank)
-    return f"cuda:{local_rank}"
