@@ -11,5 +11,7 @@ if [ "${NNODES:-1}" != 1 ]; then
   where=(--nnodes "$NNODES" --rdzv-endpoint "${RDZV_ENDPOINT:?give HOST:PORT of one host}" --rdzv-id "${RDZV_ID:-sps2}")
   if [ -n "${NODE_RANK:-}" ]; then where+=(--rdzv-backend static --node-rank "$NODE_RANK")
   else where+=(--rdzv-backend c10d); fi
+  # For a host that never comes: torchrun would wait for ten minutes. timeout is static's, join_timeout c10d's.
+  where+=(--rdzv-conf "timeout=${RDZV_TIMEOUT_S:-120},join_timeout=${RDZV_TIMEOUT_S:-120}")
 fi
 exec torchrun "${where[@]}" --nproc-per-node "${NPROC:-2}" --max-restarts "${MAX_RESTARTS:-0}" -m megatron_sps2 "$@"

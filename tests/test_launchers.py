@@ -113,3 +113,12 @@ def test_deepspeed_through_mpirun_gives_the_same_answer(
 def test_mpirun_gives_the_same_answer(flags: tuple[object, ...], spawned: dict[str, Any]) -> None:
     """Two slots on one core are fine: it is the answer that counts."""
     assert_same(launch("mpirun.sh", *flags, MPIRUN_ARGS="--oversubscribe", **AS_ROOT), spawned)
+
+
+def test_torchrun_says_within_the_time_that_a_host_never_came(flags: tuple[object, ...]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"127.0.0.1:{server.getsockname()[1]}"
+    where = {"NNODES": "2", "NODE_RANK": "0", "NPROC": "1", "RDZV_ENDPOINT": endpoint, "RDZV_TIMEOUT_S": "2"}
+    command = ("bash", str(ROOT / "launch" / "torchrun.sh"), "generate", *map(str, flags))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, env=environ(**where))
+    assert done.returncode != 0 and done.stderr.splitlines()[-1].endswith("1/2 clients joined."), done.stderr
