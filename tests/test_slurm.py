@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.planted_error import PLANTED
+from tests.restarting import await_answer, await_loss, free_pair, front_end, rank_of
 from tests.slurm_cluster import NODES, SlurmCluster, slurm_cluster, why_none
 from tests.sps2_command import ROOT, answer, environ, make_checkpoint, write_ids
 
@@ -162,3 +163,22 @@ def test_a_job_serves_runs_its_workload_and_drains(
     # Control: the drain began before the answer's end.
     assert "0 answers are whole" in output
     assert "[DONE]" in stream.read_text() and "error" not in stream.read_text()
+
+
+def test_a_front_end_outside_answers_503_while_its_job_is_queued_again(
+    cluster: SlurmCluster, flags: tuple[object, ...], tmp_path: Path
+) -> None:
+    address = f"127.0.0.1:{free_pair()}"
+    engine = ("--role", "engine", "--engine-address", address, "--max-model-len", 2048)
+    with front_end(Path(str(flags[1])), address, tmp_path) as server:
+        script = (LAUNCH / "slurm.sbatch", "serve", *flags[:4], *engine)
+        number = cluster.sbatch(*TWO_NODES, *script, MAX_RESTARTS="1")
+        wanted = await_answer(server)
+        rank_of(server, 1).kill()
+        await_loss(server)
+        assert await_answer(server) == wanted
+        assert server.metric("sps2:engine_restarts_total") == 1
+        assert server.end() == 0
+        job = cluster.wait(number)
+        assert (job.state, job.exit_code, job.num_restarts) == ("COMPLETED", 0, 1), cluster.log(number)
+    assert "rank 1 (pid" in cluster.log(number) and "has ended; last heard in step" in cluster.log(number)

@@ -11,7 +11,7 @@ import sys
 import warnings
 
 from megatron_sps2.parallel.rank_env import launched_rank
-from megatron_sps2.parallel.shared_error import is_shared
+from megatron_sps2.parallel.shared_error import is_shared, was_told
 
 USER_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
 LOG_FORMAT = "%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
@@ -41,7 +41,7 @@ def report(error: Exception) -> int:
     logging.getLogger(__name__).debug("failed", exc_info=error)
     place, shared = launched_rank(), is_shared(error)
     is_users = _is_users(error) and (shared or not _world_is_up())
-    if place is None or place[0] == 0 or not shared:
+    if not was_told(error) and (place is None or place[0] == 0 or not shared):
         text = str(error) or type(error).__name__
         if not isinstance(error, (ValueError, OSError, RuntimeError)):
             text = f"{type(error).__name__}: {text}"

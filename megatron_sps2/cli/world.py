@@ -102,7 +102,7 @@ def _run_rank(args: argparse.Namespace, body: Body, env: RankEnv, check: Check |
         hellos,
         start_s=args.rendezvous_timeout_s,
         silent_s=args.heartbeat_timeout_s,
-        on_lost=lambda message: _end(args, message),
+        on_lost=lambda message: _end(args, env, message),
     ) as args.heart:
         try:
             args.device = pick_device(args.device, env)
@@ -148,10 +148,21 @@ def _settle_card(env: RankEnv, hellos: Sequence[Hello]) -> None:
             os.environ["GLOO_SOCKET_IFNAME"] = card
 
 
-def _end(args: argparse.Namespace, message: str) -> None:
-    """Another rank was lost; this one may be waiting for it where nothing can wake it."""
+def _end(args: argparse.Namespace, env: RankEnv, message: str) -> None:
+    """Another rank was lost; this one may be waiting for it where nothing can wake it.
+
+    Said at once, since a launcher may end this rank next; our own supervisor names the lost one itself.
+    """
+    if env.launcher != "local":
+        _say_lost(args, message)
     time.sleep(WAKE_S)
     if args.heart.is_leaving:
         time.sleep(LEAVE_S)
-        os._exit(RUN_ERROR)
-    os._exit(report(RuntimeError(message)))
+    elif not args.heart.has_told:
+        _say_lost(args, message)
+    os._exit(RUN_ERROR)
+
+
+def _say_lost(args: argparse.Namespace, message: str) -> None:
+    args.heart.has_told = True
+    report(RuntimeError(message))

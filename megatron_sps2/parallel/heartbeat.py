@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from megatron_sps2.parallel.activity import Activity
 from megatron_sps2.parallel.hello import Hello
 from megatron_sps2.parallel.rank_env import LOOPBACK, RankEnv
-from megatron_sps2.parallel.shared_error import is_shared
+from megatron_sps2.parallel.shared_error import is_shared, mark_told
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -92,6 +92,7 @@ class Heartbeat:
         self._is_slow = False
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self.is_leaving = False  # the rank's own thread has an error to report
+        self.has_told = False  # the line that names who was lost has been written
 
     def __enter__(self) -> Heartbeat:
         if self._peers:
@@ -133,7 +134,8 @@ class Heartbeat:
             self._heard.wait(NAME_S)
         if self._verdict:
             time.sleep(AFTER_S)
-            return RuntimeError(self._verdict)
+            lost = RuntimeError(self._verdict)
+            return mark_told(lost) if self.has_told else lost
         self._farewell = {"failed": f"{self._me.name} failed in {self._activity.in_words()}: {error}"}
         return error
 

@@ -1,4 +1,4 @@
-"""An error that every rank raises alike, so that rank 0 may speak for all. Knows no ranks."""
+"""Marks on errors: raised by every rank alike, so that rank 0 may speak for all; or told already."""
 
 from __future__ import annotations
 
@@ -14,3 +14,12 @@ def mark_shared(error: E) -> E:
 
 def is_shared(error: Exception) -> bool:
     return getattr(error, "shared_by_all_ranks", False)
+
+
+def mark_told(error: E) -> E:
+    error.was_told = True  # type: ignore[attr-defined]
+    return error
+
+
+def was_told(error: Exception) -> bool:
+    return getattr(error, "was_told", False)
