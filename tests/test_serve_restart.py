@@ -59,6 +59,8 @@ def test_torchrun_starts_the_ranks_again_and_they_find_their_front_end(checkpoin
         await_loss(server)
         assert await_answer(server) == wanted
         assert listeners(server) == front_ends and len(front_ends) == 1
+        assert psutil.Process(*front_ends).cpu_affinity() == psutil.Process().cpu_affinity()
+        assert rank_of(server, 0).cpu_affinity() != rank_of(server, 1).cpu_affinity()
         mine = [path for path in records() if json.loads(path.read_text())["pid"] in front_ends]
         assert len(mine) == 1
         # A drain, though torchrun sends the signal to all: the answer under way comes whole.

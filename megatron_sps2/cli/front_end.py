@@ -28,6 +28,7 @@ import psutil
 from megatron_sps2.cli.process import RUN_ERROR, report, set_logging
 from megatron_sps2.cli.serve_arguments import api_keys
 from megatron_sps2.parallel.heartbeat import NAME_S
+from megatron_sps2.parallel.host import bound_to
 from megatron_sps2.parallel.local_world import Companion
 from megatron_sps2.server.beats import tell_lost
 from megatron_sps2.server.front_end_config import FrontEndConfig
@@ -163,7 +164,8 @@ def start_or_find(
     process = multiprocessing.get_context("spawn").Process(
         target=_run_detached, args=(config,), name="front end"
     )
-    process.start()
+    with bound_to(args.all_cores):  # It is no rank: it may run where it likes.
+        process.start()
     assert process.pid is not None
     if config.outlives_engine:
         _write_record(process.pid, config.endpoints)

@@ -19,9 +19,10 @@ from megatron_sps2.cli.launch_arguments import check_launch
 from megatron_sps2.cli.layout import settle_layout
 from megatron_sps2.cli.process import RUN_ERROR, USER_ERROR, report, set_logging
 from megatron_sps2.parallel.hello import Hello, own_hello
+from megatron_sps2.parallel.host import bind
 from megatron_sps2.parallel.local_world import Companion, run_local_world
 from megatron_sps2.parallel.network import card_towards
-from megatron_sps2.parallel.nodes import bind, check_tp_inside_nodes, num_threads, own_cores
+from megatron_sps2.parallel.nodes import check_tp_inside_nodes, num_threads, own_cores
 from megatron_sps2.parallel.rank_env import (
     RankEnv,
     init_process_group,
@@ -133,6 +134,7 @@ def _settle_cores(args: argparse.Namespace, mine: Hello, hellos: Sequence[Hello]
     import torch
 
     cores = own_cores(mine, hellos) if args.bind_cores else None
+    args.all_cores = mine.cores  # of before, for a process that this one starts
     if cores:
         bind(cores)
     if args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:

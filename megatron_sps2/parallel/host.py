@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -28,6 +30,25 @@ def in_order(cores: Cores, folder: Path = CPUS) -> Cores:
         return (*(int(file.read_text()) if file.is_file() else 0 for file in files), core)
 
     return tuple(sorted(cores, key=place))
+
+
+def bind(cores: Collection[int]) -> None:
+    """This thread, and those and the processes that it starts from now on, keep to `cores`."""
+    os.sched_setaffinity(0, cores)
+
+
+@contextmanager
+def bound_to(cores: Collection[int]) -> Iterator[None]:
+    """For a while; where the system knows no binding, nothing happens."""
+    if not cores or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    bind(cores)
+    try:
+        yield
+    finally:
+        bind(before)
 
 
 def numa_nodes(folder: Path = NODES) -> list[Cores]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from megatron_sps2.config import ParallelConfig
@@ -65,8 +64,3 @@ def split_cores(cores: Cores, num_ranks: int, numa: Sequence[Cores]) -> list[Cor
 def _equal_parts(cores: Cores, count: int) -> list[Cores]:
     size = len(cores) // count
     return [cores[i * size : (i + 1) * size] for i in range(count)]
-
-
-def bind(cores: Cores) -> None:
-    """This thread and those it starts from now on keep to `cores`."""
-    os.sched_setaffinity(0, cores)
