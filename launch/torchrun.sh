@@ -10,7 +10,11 @@ where=(--standalone)
 if [ "${NNODES:-1}" != 1 ]; then
   where=(--nnodes "$NNODES" --rdzv-endpoint "${RDZV_ENDPOINT:?give HOST:PORT of one host}" --rdzv-id "${RDZV_ID:-sps2}")
   if [ -n "${NODE_RANK:-}" ]; then where+=(--rdzv-backend static --node-rank "$NODE_RANK")
-  else where+=(--rdzv-backend c10d); fi
+  else
+    where+=(--rdzv-backend c10d)
+    # A new store for each life: hosts do not count restarts alike, and would look for each other in two places.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+  fi
   # For a host that never comes: torchrun would wait for ten minutes. timeout is static's, join_timeout c10d's.
   where+=(--rdzv-conf "timeout=${RDZV_TIMEOUT_S:-120},join_timeout=${RDZV_TIMEOUT_S:-120}")
 fi

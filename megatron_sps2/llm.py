@@ -15,6 +15,7 @@ from typing import Any
 import zmq
 
 from megatron_sps2.cli.front_end import endpoints_in
+from megatron_sps2.cli.layout import settle_layout
 from megatron_sps2.cli.main import parse_args
 from megatron_sps2.cli.serve import check_serve, serve_rank
 from megatron_sps2.cli.world import in_local_world
@@ -42,6 +43,8 @@ from megatron_sps2.server.protocol import (
 Prompt = str | Sequence[int]
 POLL_MS = 200
 STOP_S = 30.0
+# Settings of `sps2 serve` about processes that an LLM does not have.
+NOT_OURS = ("role", "engine_address", "max_restarts")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,6 +80,7 @@ class LLM:
                 "LLM starts its ranks itself; under torchrun, mpirun or srun use megatron_sps2.engine.build"
             )
         self._args = _settings(checkpoint, settings)
+        settle_layout(self._args)
         check_serve(self._args)
         has_tokenizer = (Path(checkpoint) / TOKENIZER_FILE).is_file()
         self._tokenizer: Tokenizer | None = load_tokenizer(checkpoint) if has_tokenizer else None
@@ -237,7 +241,7 @@ def _settings(checkpoint: str, settings: dict[str, Any]) -> argparse.Namespace:
     """The flags' defaults with these in their place. Raises ValueError for a name that is none."""
     args = parse_args(["serve", "--checkpoint", checkpoint])
     for name, value in settings.items():
-        if not hasattr(args, name):
+        if not hasattr(args, name) or name in NOT_OURS:
             raise ValueError(f"{name}={value!r} is no setting; `sps2 serve --help` lists them")
         setattr(args, name, value)
     return args

@@ -60,7 +60,7 @@ def words(ids: Iterable[int]) -> str:
 def environ(**extra: str) -> dict[str, str]:
     """This process's environment without any launcher's variables, one thread a rank, our Python first."""
     launchers = ("SPS2_", "OMPI_", "PMIX_", "SLURM_", "MASTER_", "TORCHELASTIC_")
-    mine = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PYTHONWARNINGS"}
+    mine = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PYTHONWARNINGS", "GLOO_SOCKET_IFNAME"}
     kept = {k: v for k, v in os.environ.items() if not k.startswith(launchers) and k not in mine}
     path = f"{BIN}{os.pathsep}{kept['PATH']}"
     return kept | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **extra}

@@ -195,7 +195,7 @@ def await_prefill(process: subprocess.Popen[str]) -> None:
 
 def test_a_rank_that_falls_silent_in_mid_prefill_ends_the_run(checkpoint: Path, tmp_path: Path) -> None:
     """Stopped, not dead: its connections stay open, so that only the time limit can tell."""
-    run = start(*SPS2, *long_prompt(checkpoint, tmp_path), "--heartbeat-timeout-s", 5)
+    run = start(*SPS2, *long_prompt(checkpoint, tmp_path), "--heartbeat-timeout-s", 3)
     family = await_ranks(run)
     await_prefill(run)
     family[1].send_signal(signal.SIGSTOP)

@@ -82,7 +82,7 @@ def line(**message: object) -> bytes:
 
 
 def beat(words: str = "step 7, prefill, layer 2, exchange_k", waited_s: float = 0.0) -> bytes:
-    return line(words=words, waited_s=waited_s, is_ready=True)
+    return line(words=words, waited_s=waited_s, is_busy=not waited_s, group=0, is_ready=True)
 
 
 def busy(step: int = 1) -> Activity:

@@ -115,6 +115,23 @@ def test_mpirun_gives_the_same_answer(flags: tuple[object, ...], spawned: dict[s
     assert_same(launch("mpirun.sh", *flags, MPIRUN_ARGS="--oversubscribe", **AS_ROOT), spawned)
 
 
+@needs_mpirun
+def test_a_command_that_asks_for_its_place_more_than_once_runs_by_mpirun(flags: tuple[object, ...]) -> None:
+    """MPI ends when rank 0's address is known, and may not be asked again."""
+    command = ("bash", str(ROOT / "launch" / "mpirun.sh"), "doctor", "--world", *map(str, flags[2:4]))
+    extra = {"NPROC": "2", "MPIRUN_ARGS": "--oversubscribe", **AS_ROOT}
+    done = subprocess.run(
+        (*command, "--megabytes", "1", "--json"),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        cwd=ROOT,
+        env=environ(**extra),
+    )
+    assert done.returncode == 0, done.stderr
+    assert [rank["launcher"] for rank in json.loads(done.stdout)["ranks"]] == ["openmpi"] * 2
+
+
 def test_torchrun_says_within_the_time_that_a_host_never_came(flags: tuple[object, ...]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"127.0.0.1:{server.getsockname()[1]}"

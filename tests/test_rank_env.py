@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sps2.config import ParallelConfig
-from megatron_sps2.parallel import slurm
+from megatron_sps2.parallel import rank_env, slurm
 from megatron_sps2.parallel.rank_env import RankEnv, init_process_group, launched_rank, threads_per_rank
 
 MASTER = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
@@ -158,6 +158,11 @@ def test_sound_nestings_are_accepted() -> None:
     assert detected(SRUN | MASTER | same).launcher == "env"
 
 
+@pytest.fixture(autouse=True)
+def not_asked_yet() -> None:
+    rank_env._master_by_mpi.cache_clear()
+
+
 class FakeComm:
     """Stands for mpi4py's COMM_WORLD of 4 ranks, seen from rank 2."""
 
@@ -185,11 +190,13 @@ def fake_mpi(monkeypatch: pytest.MonkeyPatch, comm: FakeComm) -> None:
     )
 
 
-def test_open_mpi_without_an_address_asks_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_mpi_without_an_address_asks_rank_0_once(monkeypatch: pytest.MonkeyPatch) -> None:
     comm = FakeComm()
     fake_mpi(monkeypatch, comm)
     assert detected(OPENMPI).init_method == "tcp://host0:4242"
     assert comm.ended, "MPI left to end with the process would make a failed rank wait for the others"
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # it has ended, and may not be asked again
+    assert detected(OPENMPI).init_method == "tcp://host0:4242"
 
 
 def test_the_label_of_a_rank_needs_no_other_rank(monkeypatch: pytest.MonkeyPatch) -> None:

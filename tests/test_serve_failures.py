@@ -124,7 +124,7 @@ def ask_in_trouble(pool: ThreadPoolExecutor, server: Server, phase: str) -> list
 def test_a_lost_rank_is_told_to_all_clients_and_ends_the_server(
     checkpoint: Path, phase: str, victim: int, signum: int
 ) -> None:
-    flags = ("--sp", 2, "--heartbeat-timeout-s", 4)
+    flags = ("--sp", 2, "--heartbeat-timeout-s", 3)
     with ThreadPoolExecutor(8) as pool, serve(checkpoint, *flags) as server:
         family = processes(server)
         asks = ask_in_trouble(pool, server, phase)
@@ -153,7 +153,7 @@ def test_a_rank_that_is_stopped_for_five_seconds_costs_time_and_nothing_else(che
         victim.send_signal(signal.SIGSTOP)
         begin = time.monotonic()
         time.sleep(5)
-        assert not any(ask.done() for ask in asks), "nothing was under way"
+        assert not asks[0].done(), "its prefill was not under way"
         victim.send_signal(signal.SIGCONT)
         found = [ask.result(timeout=60) for ask in asks]
         assert time.monotonic() - begin > 5

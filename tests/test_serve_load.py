@@ -13,7 +13,7 @@ from benchmarks.served import Server, serve
 from tests.sps2_command import make_checkpoint
 from tests.tiny_llama import VOCAB_SIZE
 
-pytestmark = [pytest.mark.slow, pytest.mark.busy, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 NUM_REQUESTS, NUM_TOKENS = 64, 8
 SIZE = ("--max-model-len", 8192, "--max-num-seqs", 32)

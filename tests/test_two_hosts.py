@@ -218,13 +218,18 @@ def test_a_server_over_two_hosts_answers_as_one_host_does_and_drains(
     assert "sps2: error" not in run.stderr(0) + run.stderr(1)
 
 
-@pytest.mark.parametrize("silent", [True, False], ids=["silently", "cards down"])
+@pytest.mark.parametrize(
+    ("silent", "flags"),
+    [(True, ()), (False, ("--heartbeat-timeout-s", 4))],
+    ids=["silently", "cards down"],
+)
 def test_a_cable_cut_in_mid_prefill_is_a_named_error_on_both_hosts(
-    hosts: TwoHosts, checkpoint: Path, tmp_path: Path, silent: bool
+    hosts: TwoHosts, checkpoint: Path, tmp_path: Path, silent: bool, flags: tuple[object, ...]
 ) -> None:
     ids = write_ids(tmp_path / "ids.json", LONG)
     before = hosts.bytes_sent(0)
-    run = launch(hosts, tmp_path, "generate", "--checkpoint", checkpoint, "--sp", 2, "--prompt-ids", ids)
+    prompt = ("--checkpoint", checkpoint, "--sp", 2, "--prompt-ids", ids)
+    run = launch(hosts, tmp_path, "generate", *prompt, *flags)
     while hosts.bytes_sent(0) - before < FEW_LAYERS_SENT:
         run.assert_alive()
         time.sleep(0.05)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from megatron_sps2.parallel.rank_env import RankEnv
 
 
@@ -34,4 +36,5 @@ def pick_device(wanted: str, env: RankEnv) -> str:
 
 def device_index(env: RankEnv, count: int) -> int:
     """Of this rank's device among the `count` that it sees; SLURM may show each task its own alone."""
-    return 0 if env.launcher == "slurm" and count == 1 else env.local_rank
+    shows_own = any(name in os.environ for name in ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND"))
+    return 0 if env.launcher == "slurm" and shows_own and count == 1 else env.local_rank

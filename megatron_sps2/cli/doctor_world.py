@@ -22,6 +22,7 @@ from megatron_sps2.cli.installed import versions
 from megatron_sps2.cli.process import RUN_ERROR
 from megatron_sps2.cli.world import in_world
 from megatron_sps2.model.manifest import load_model_config
+from megatron_sps2.parallel.activity import Activity
 from megatron_sps2.parallel.host import host_memory, num_cores
 from megatron_sps2.parallel.rank_env import RankEnv
 
@@ -40,9 +41,8 @@ def run_world(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("timeout_s", "megabytes"):
-        if not 0 < (value := getattr(args, name)) < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0 and finite")
+    if not 0 < args.megabytes < float("inf"):
+        raise ValueError(f"--megabytes {args.megabytes} must be above 0 and finite")
     if args.checkpoint:
         check_size_flags(args, load_model_config(args.checkpoint))
 
@@ -51,6 +51,7 @@ def _examine(args: argparse.Namespace) -> int:
     """On every rank -> 1 when there is a problem, on all alike; rank 0 speaks."""
     from megatron_sps2.parallel.groups import ParallelGroups
 
+    args.heart.watch(Activity())
     groups = ParallelGroups.create(parallel_config(args), timeout=timedelta(seconds=args.timeout_s))
     found = measure(args, groups)
     if groups.world.rank == 0:

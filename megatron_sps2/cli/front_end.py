@@ -35,6 +35,8 @@ from megatron_sps2.server.front_end_config import FrontEndConfig
 from megatron_sps2.server.protocol import Endpoints
 
 GRACE_S = 10.0
+# From the end of a front end to that of rank 0, which may be writing a trace.
+LAST_S = 60.0
 
 
 def front_end_config(args: argparse.Namespace, endpoints: Endpoints, **changes: object) -> FrontEndConfig:
@@ -135,8 +137,10 @@ class Detached:
 
     def _watch(self) -> None:
         """A front end that fails has found this world broken: this rank may be waiting in it for ever."""
-        if self._wait(None) not in (0, None):
-            os._exit(RUN_ERROR)
+        code = self._wait(None)
+        if not code:  # A drain has told this rank to go; where it was not told, nobody will tell it.
+            time.sleep(LAST_S)
+        os._exit(code or RUN_ERROR)
 
     def _wait(self, timeout_s: float | None) -> int | None:
         """Its exit code; None where it is no child of this process, or does not end in time."""
@@ -154,28 +158,39 @@ def start_or_find(
     args: argparse.Namespace, choose: Callable[[str], Endpoints], is_broken: Callable[[], bool]
 ) -> Detached:
     """On rank 0. `choose(folder)` gives the addresses of a new one; `is_broken()`: a rank was lost."""
-    found = _find_record()
+    record = _record() if _restarts(os.environ)[1] else None
+    found = _find(record) if record else None
     if found:
         return Detached(*found, is_broken)
     folder = tempfile.mkdtemp(prefix="sps2-")
-    config = front_end_config(args, choose(folder), leftovers=(folder, str(_record())))
-    if restarts_left(os.environ):
-        config = dataclasses.replace(config, outlives_engine=True, keeper_pid=os.getppid())
+    config = front_end_config(args, choose(folder), leftovers=(folder,), keeper_pid=os.getpid())
+    if record:
+        leftovers = (folder, str(record))
+        config = dataclasses.replace(
+            config, outlives_engine=True, keeper_pid=os.getppid(), leftovers=leftovers
+        )
     process = multiprocessing.get_context("spawn").Process(
         target=_run_detached, args=(config,), name="front end"
     )
     with bound_to(args.all_cores):  # It is no rank: it may run where it likes.
         process.start()
     assert process.pid is not None
-    if config.outlives_engine:
-        _write_record(process.pid, config.endpoints)
+    if record:
+        _write(record, process.pid, config.endpoints)
     return Detached(process.pid, config.endpoints, is_broken)
 
 
 def restarts_left(environ: Mapping[str, str]) -> bool:
     """Whether torchrun would start the ranks once more."""
-    count, most = (environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
-    return count.isdecimal() and most.isdecimal() and int(count) < int(most)
+    count, most = _restarts(environ)
+    return count < most
+
+
+def _restarts(environ: Mapping[str, str]) -> tuple[int, int]:
+    """(how often torchrun has started the ranks again, how often it may); 0 without it."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+    count, most = (int(text) if (text := environ.get(name, "")).isdecimal() else 0 for name in names)
+    return count, most
 
 
 def _run_detached(config: FrontEndConfig) -> None:
@@ -190,24 +205,27 @@ def _record() -> Path:
     return Path(tempfile.gettempdir()) / name
 
 
-def _write_record(pid: int, endpoints: Endpoints) -> None:
-    text = json.dumps({"pid": pid, **dataclasses.asdict(endpoints)})
-    file = os.open(_record(), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    with open(file, "w", encoding="utf-8") as record:
-        record.write(text)
+def _write(record: Path, pid: int, endpoints: Endpoints) -> None:
+    """Whole or not at all."""
+    began = psutil.Process(pid).create_time()
+    beside = record.with_suffix(f".{os.getpid()}")
+    file = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with open(file, "w", encoding="utf-8") as text:
+        json.dump({"pid": pid, "began": began, **dataclasses.asdict(endpoints)}, text)
+    beside.rename(record)
 
 
-def _find_record() -> tuple[int, Endpoints] | None:
+def _find(record: Path) -> tuple[int, Endpoints] | None:
     """Process and addresses of one that lives, and is this user's own."""
-    path = _record()
-    if not path.is_file() or path.is_symlink():
+    if not record.is_file() or record.is_symlink():
         return None
-    about = path.stat()
+    about = record.stat()
     if about.st_uid != os.getuid() or stat.S_IMODE(about.st_mode) != 0o600:
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    pid = record.pop("pid")
-    if psutil.pid_exists(pid):
-        return pid, Endpoints(**record)
-    path.unlink()
+    found = json.loads(record.read_text(encoding="utf-8"))
+    pid, began = found.pop("pid"), found.pop("began")
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if process.create_time() == began and process.status() != psutil.STATUS_ZOMBIE:
+            return pid, Endpoints(**found)
     return None

@@ -28,8 +28,8 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=ALONE["heartbeat_timeout_s"],
         metavar="S",
-        help="a rank that is silent for so long is lost: all others name it and end; one that dies is "
-        "noticed at once",
+        help="a rank that is silent for so long is lost: all others name it and end; while they load, ranks "
+        "have --rendezvous-timeout-s; one that dies is noticed at once",
     )
     group.add_argument(
         "--timeout-s",

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import secrets
 import signal
 import sys
 import tempfile
-import time
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -118,11 +118,11 @@ def serve_rank(args: argparse.Namespace) -> int:
     from megatron_sps2.parallel.trace import Trace
     from megatron_sps2.server.pulse import Pulse
 
-    rank, world = 0, from_first_rank(time.time_ns)
+    rank, world = 0, from_first_rank(lambda: 1 + secrets.randbits(62))
     args.heart.when_lost(lambda message: tell_lost(args.endpoints.beats, message, world))
     try:
         engine = build_engine(_serve_config(args))
-        args.heart.watch(engine.ledger.activity)
+        args.heart.watch(engine.ledger.activity, group=engine.ranks[0])
         rank = engine.place.rank
         if rank == 0:
             took = in_words(engine.start_up)
@@ -134,7 +134,7 @@ def serve_rank(args: argparse.Namespace) -> int:
         named = args.heart.named(error)
         message = str(named) if named is not error else f"rank {rank}: {error}"
         tell_lost(args.endpoints.beats, message, world)
-        raise named from error
+        raise named from (error if named is not error else error.__cause__)
     _write_trace(args, engine)
     return 0
 

@@ -19,7 +19,7 @@ from megatron_sps2.cli.launch_arguments import check_launch
 from megatron_sps2.cli.layout import settle_layout
 from megatron_sps2.cli.process import RUN_ERROR, USER_ERROR, report, set_logging
 from megatron_sps2.parallel.hello import Hello, own_hello
-from megatron_sps2.parallel.host import bind
+from megatron_sps2.parallel.host import CAN_BIND, bind
 from megatron_sps2.parallel.local_world import Companion, run_local_world
 from megatron_sps2.parallel.network import card_towards
 from megatron_sps2.parallel.nodes import check_tp_inside_nodes, num_threads, own_cores
@@ -117,7 +117,8 @@ def _run_rank(args: argparse.Namespace, body: Body, env: RankEnv, check: Check |
             code = body(args)
             dist.destroy_process_group()
         except Exception as error:
-            raise args.heart.named(error) from error
+            named = args.heart.named(error)
+            raise named from (error if named is not error else error.__cause__)
     return code
 
 
@@ -133,7 +134,7 @@ def _settle_cores(args: argparse.Namespace, mine: Hello, hellos: Sequence[Hello]
     """This rank's own cores, and as many threads as it has of them."""
     import torch
 
-    cores = own_cores(mine, hellos) if args.bind_cores else None
+    cores = own_cores(mine, hellos) if args.bind_cores and CAN_BIND else None
     args.all_cores = mine.cores  # of before, for a process that this one starts
     if cores:
         bind(cores)

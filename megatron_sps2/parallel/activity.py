@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+BETWEEN = "between steps"
+
 
 @dataclass(slots=True)
 class Activity:
     """Written by the rank's own thread, read by its heartbeat: single values, no lock needed."""
 
     step: int = 0  # engine steps begun
-    phase: str = "setup"  # as the ledger books it
+    phase: str = BETWEEN  # as the ledger books it
     layer: int | None = None
     collective: str = ""  # the newest that was started
     waiting_since: float | None = None  # time.monotonic(), while it waits for other ranks' data
@@ -26,11 +28,16 @@ class Activity:
         finally:
             self.waiting_since = None
 
+    @property
+    def is_busy(self) -> bool:
+        """In a step, and not waiting."""
+        return self.phase != BETWEEN and self.waiting_since is None
+
     def begin_step(self) -> None:
         self.step += 1
 
     def end_step(self) -> None:
-        self.phase, self.layer = "between steps", None
+        self.phase, self.layer = BETWEEN, None
 
     @property
     def waited_s(self) -> float:

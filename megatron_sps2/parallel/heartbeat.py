@@ -38,11 +38,14 @@ NAME_S = 1.0
 # Before a rank that was told of a loss ends: the lost one's own last line, and its exit code, come first.
 AFTER_S = 0.3
 FLUSH_S = 0.5
+# For a goodbye to get out of a busy host.
+LEAVE_S = 5.0
 KEY = "sps2/heartbeat"
 # What a rank raises when another one ended; anything else is its own mistake.
 BROKEN = (RuntimeError, ConnectionError, TimeoutError)
 
 Message = dict[str, Any]
+STATE = ("words", "waited_s", "is_busy", "group", "is_ready")  # of a beat
 
 
 @dataclass(slots=True)
@@ -54,6 +57,8 @@ class _Peer:
     seen_at: float = field(default_factory=time.monotonic)
     words: str = "starting"
     waited_s: float = 0.0
+    is_busy: bool = False
+    group: int = 0
     is_ready: bool = False
     has_left: bool = False
 
@@ -78,10 +83,12 @@ class Heartbeat:
         self._env, self._store, self._start_s, self._silent_s = env, store, start_s, silent_s
         self._on_lost, self._is_hub = on_lost, env.rank == 0
         self._me = hellos[env.rank]
+        self._own = _Peer(self._me)
         # Rank 0 watches all, the others watch rank 0.
         watched = hellos[1:] if self._is_hub else hellos[:1]
         self._peers = {hello.rank: _Peer(hello) for hello in watched}
-        self._activity, self._is_ready = Activity(), False
+        self._activity, self._group, self._is_ready = Activity(), 0, False
+        self._named: Exception | None = None
         self._verdict, self._heard = "", threading.Event()
         self._listeners: list[Callable[[str], None]] = []
         self._farewell: Message = {"bye": True}
@@ -108,13 +115,18 @@ class Heartbeat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and not isinstance(error, Exception):  # Ctrl-C
+            self._fail(f"was interrupted in {self._activity.in_words()}")
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._closing.set)
-            self._thread.join(FLUSH_S + BEAT_S)
+            self._thread.join(LEAVE_S)
 
-    def watch(self, activity: Activity) -> None:
-        """The engine is up: from now on `activity` says what this rank does."""
-        self._activity, self._is_ready = activity, True
+    def watch(self, activity: Activity, group: int = 0) -> None:
+        """The engine is up: from now on `activity` says what this rank does.
+
+        `group`: the same for ranks that wait for each other.
+        """
+        self._activity, self._group, self._is_ready = activity, group, True
 
     @property
     def is_broken(self) -> bool:
@@ -128,16 +140,23 @@ class Heartbeat:
     def named(self, error: Exception) -> Exception:
         """What to report: `error`, or who was lost where that is why. The others hear of this rank's own."""
         self.is_leaving = True
-        if not self._peers or is_shared(error):
+        if not self._peers or is_shared(error) or error is self._named:
             return error
+        self._named = self._name(error)
+        return self._named
+
+    def _name(self, error: Exception) -> Exception:
         if isinstance(error, BROKEN):
             self._heard.wait(NAME_S)
         if self._verdict:
             time.sleep(AFTER_S)
             lost = RuntimeError(self._verdict)
             return mark_told(lost) if self.has_told else lost
-        self._farewell = {"failed": f"{self._me.name} failed in {self._activity.in_words()}: {error}"}
+        self._fail(f"failed in {self._activity.in_words()}: {error}")
         return error
+
+    def _fail(self, how: str) -> None:
+        self._farewell = {"failed": f"{self._me.name} {how}"}
 
     # The thread.
 
@@ -166,7 +185,9 @@ class Heartbeat:
         """Until this rank leaves."""
         while not self._closing.is_set():
             before = time.monotonic()
-            self._send(self._state())
+            state = self._state()
+            self._send(state)
+            self._note(self._own, state)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), BEAT_S)
             if time.monotonic() - before > 4 * BEAT_S:
@@ -177,7 +198,13 @@ class Heartbeat:
 
     def _state(self) -> Message:
         activity = self._activity
-        return {"words": activity.in_words(), "waited_s": activity.waited_s, "is_ready": self._is_ready}
+        return {
+            "words": activity.in_words(),
+            "waited_s": activity.waited_s,
+            "is_busy": activity.is_busy,
+            "group": self._group,
+            "is_ready": self._is_ready,
+        }
 
     def _forgive(self) -> None:
         for peer in self._peers.values():
@@ -192,11 +219,11 @@ class Heartbeat:
 
     def _look_for_slowness(self) -> None:
         """Who keeps others waiting; told once."""
-        words = {0: (self._me.name, self._activity.in_words(), self._activity.waited_s)}
-        for rank, peer in self._peers.items():
-            words[rank] = peer.hello.name, peer.words, peer.waited_s
-        waiting = [rank for rank, (*_, waited_s) in words.items() if waited_s > SLOW_S]
-        busy = [f"{name}: {doing}" for name, doing, waited_s in words.values() if not waited_s]
+        ranks = [self._own, *(peer for peer in self._peers.values() if not peer.has_left)]
+        waiting = [peer.hello.rank for peer in ranks if peer.waited_s > SLOW_S]
+        groups = {peer.group for peer in ranks if peer.waited_s > SLOW_S}
+        slow = (peer for peer in ranks if peer.is_busy and peer.group in groups)
+        busy = [f"{peer.hello.name}: {peer.words}" for peer in slow]
         if waiting and busy and not self._is_slow:
             names = ", ".join(map(str, waiting[:8]))
             logger.warning("ranks %s wait for data for %g s; slow: %s", names, SLOW_S, "; ".join(busy[:8]))
@@ -212,8 +239,11 @@ class Heartbeat:
         threading.Thread(target=self._tell, args=(message,), name="loss", daemon=True).start()
 
     def _tell(self, message: str) -> None:
-        for tell in (*self._listeners, self._on_lost):
-            tell(message)
+        try:
+            for tell in self._listeners:
+                tell(message)
+        finally:
+            self._on_lost(message)
 
     # Messages: a line of JSON each.
 
@@ -239,11 +269,14 @@ class Heartbeat:
         if not peer.has_left:
             self._lose(f"{peer.hello.name} has ended; last heard in {peer.words}")
 
+    def _note(self, peer: _Peer, state: Message) -> None:
+        for name in STATE:
+            setattr(peer, name, state[name])
+
     def _take(self, peer: _Peer, message: Message) -> None:
         peer.seen_at = time.monotonic()
         if "words" in message:
-            peer.words, peer.waited_s = message["words"], message["waited_s"]
-            peer.is_ready = message["is_ready"]
+            self._note(peer, message)
         elif told := message.get("failed") or message.get("lost"):
             peer.has_left = "failed" in message
             self._lose(told)
@@ -255,9 +288,14 @@ class Heartbeat:
     def _listen(self, store: Store) -> socket.socket:
         """Where the others connect, told through the store."""
         host = urlsplit(self._env.init_method).hostname or LOOPBACK[1]
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        here = host if host in LOOPBACK else ""
-        listener = socket.create_server((here, 0), family=family, backlog=1024)
+        if host in LOOPBACK or not socket.has_dualstack_ipv6():
+            here, family = (host, socket.AF_INET6) if ":" in host else (host, socket.AF_INET)
+            here = here if host in LOOPBACK else ""
+            listener = socket.create_server((here, 0), family=family, backlog=1024)
+        else:
+            listener = socket.create_server(
+                ("", 0), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True
+            )
         self._address = {"host": host, "port": listener.getsockname()[1], "token": secrets.token_hex(16)}
         store.set(KEY, json.dumps(self._address))
         return listener

@@ -61,8 +61,14 @@ def own_hello(env: RankEnv, environ: Mapping[str, str] | None = None) -> Hello:
         pid=os.getpid(),
         job=variables.get(JOB_VARIABLES.get(env.launcher, ""), ""),
         versions=_versions(),
-        cores=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else (),
+        cores=_cores(),
     )
+
+
+def _cores() -> tuple[int, ...]:
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
 
 
 def _versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ Cores = tuple[int, ...]
 
 NODES = Path("/sys/devices/system/node")
 CPUS = Path("/sys/devices/system/cpu")
+CAN_BIND = hasattr(os, "sched_setaffinity")  # Linux
 GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -40,7 +41,7 @@ def bind(cores: Collection[int]) -> None:
 @contextmanager
 def bound_to(cores: Collection[int]) -> Iterator[None]:
     """For a while; where the system knows no binding, nothing happens."""
-    if not cores or not hasattr(os, "sched_setaffinity"):
+    if not CAN_BIND:
         yield
         return
     before = os.sched_getaffinity(0)

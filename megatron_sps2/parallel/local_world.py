@@ -78,7 +78,7 @@ class Companion:
 
 MAX_SIGNALS_PASSED_ON = 2
 # Of ranks, after the companion has ended.
-LAST_S = 20.0
+LAST_S = 120.0
 
 
 def run_local_world(
@@ -289,7 +289,9 @@ def _watch(family: _Family, explained: int | None, on_failure: Callable[[str], N
         patience = LAST_S if family.companion_has_ended else None
         ready = set(connection.wait([child.sentinel for child in running.values()], patience))
         if not ready:
-            return 0
+            names = ", ".join(child.name for child in running.values())
+            _say(f"{names} went on for {LAST_S:g} s after the companion had ended well; ending them")
+            return 1
         ended = {rank: child for rank, child in running.items() if child.sentinel in ready}
         for rank, child in ended.items():
             child.join()

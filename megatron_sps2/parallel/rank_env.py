@@ -6,6 +6,7 @@ A world that does not add up is a RuntimeError, never a silent rank 0 of 1.
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 from collections.abc import Mapping, MutableMapping
@@ -233,6 +234,7 @@ def _read_openmpi(env: Environ) -> RankEnv:
     )
 
 
+@functools.cache
 def _master_by_mpi(rank: int, world_size: int, *, one_host: bool) -> str:
     """Rank 0 names its host and a free port to all ranks, by one MPI broadcast; once in a process.
 

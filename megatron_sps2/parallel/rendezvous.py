@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from megatron_sps2.parallel.hello import Hello, find_difference
@@ -185,12 +185,14 @@ def _by_host(hellos: Mapping[int, Hello]) -> str:
 
 def _await_verdict(store: Store, mine: Hello, timeout_s: float) -> tuple[str | None, list[Hello]]:
     """On the others. Raises RuntimeError where rank 0 does not come, or decided for another world."""
-    if not _wait_until(lambda: store.check([VERDICT]), timeout_s + GRACE_S):
-        came = store.check([_hello_key(0)])
-        state = "came and went silent" if came else f"did not come within {timeout_s + GRACE_S:g} s"
-        raise RuntimeError(f"rank 0 {state}; {mine.name} waited for it: see what rank 0's log says")
-    verdict = json.loads(store.get(VERDICT))
-    store.add(READ, 1)
+    try:
+        verdict = _read_verdict(store, timeout_s + GRACE_S)
+    except RuntimeError as error:  # of a store that has gone
+        raise RuntimeError(
+            f"rank 0 ended while {mine.name} waited for all ranks to come; see what rank 0's log says"
+        ) from error
+    if isinstance(verdict, str):
+        raise RuntimeError(f"{verdict}; {mine.name} waited for it: see what rank 0's log says")
     hellos = [Hello.decode(text) for text in verdict["hellos"]]
     if not verdict["problem"] and mine.world_size != len(hellos):
         raise RuntimeError(
@@ -198,6 +200,17 @@ def _await_verdict(store: Store, mine: Hello, timeout_s: float) -> tuple[str | N
             "start all ranks with the same number of nodes and ranks a node"
         )
     return verdict["problem"], hellos
+
+
+def _read_verdict(store: Store, limit_s: float) -> Any:
+    """What rank 0 has decided, or in words why it has not. It has `limit_s` from when it comes."""
+    if not _wait_until(lambda: store.check([_hello_key(0)]), limit_s):
+        return f"rank 0 did not come within {limit_s:g} s"
+    if not _wait_until(lambda: store.check([VERDICT]), limit_s):
+        return f"rank 0 came and has been silent for {limit_s:g} s"
+    verdict = json.loads(store.get(VERDICT))
+    store.add(READ, 1)
+    return verdict
 
 
 def _num_here(store: Store, world_size: int) -> int:

@@ -13,6 +13,7 @@ def connect(endpoint: str) -> zmq.Socket[bytes]:
     """A PUSH socket to the front end's beats."""
     beats: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
     beats.linger = LINGER_MS
+    beats.ipv6 = True
     beats.connect(endpoint)
     return beats
 

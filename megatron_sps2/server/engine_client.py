@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import zmq
 import zmq.asyncio
 
@@ -79,11 +80,15 @@ class EngineClient:
         self.stats: dict[int, EngineStats] = {}
         self.ranks: dict[int, RankState] = {}
         self.streams: dict[str, Stream] = {}
-        self._world = 0  # the newest that was heard of
+        self._world, self._past = 0, set[int]()  # the newest that was heard of, and those before it
+        # Lost because a rank was silent: it may be heard again, and still run what was failed.
+        self._was_silence, self._orphans = False, list[Stream]()
         # An engine that outlives a front end may still answer what that one asked.
         self._me, self._numbers = secrets.token_hex(4), itertools.count()
         context = zmq.asyncio.Context.instance()
         self._engine, self._beats = context.socket(zmq.ROUTER), context.socket(zmq.PULL)
+        for socket in (self._engine, self._beats):
+            socket.ipv6 = True
         self._engine.bind(config.endpoints.engine)
         self._beats.bind(config.endpoints.beats)
 
@@ -184,8 +189,12 @@ class EngineClient:
 
     async def _read_engine(self) -> None:
         while True:
-            sender, body = await self._engine.recv_multipart()
-            message = decode_from_engine(body)
+            sender, *body = await self._engine.recv_multipart()
+            try:
+                message = decode_from_engine(b"".join(body))
+            except msgspec.DecodeError:
+                logger.exception("a message to the engine's address cannot be read")
+                continue
             if isinstance(message, Ready):
                 self._enter(message.world)
             if sender.startswith(identity(self._world, 0)[:-1]):
@@ -193,15 +202,21 @@ class EngineClient:
 
     async def _read_beats(self) -> None:
         while True:
-            message = decode_beat(await self._beats.recv())
-            if isinstance(message, Lost):
-                if message.world in (None, self._world):
-                    self.lose(message.message)
+            try:
+                message = decode_beat(await self._beats.recv())
+            except msgspec.DecodeError:
+                logger.exception("a message to the address for heartbeats cannot be read")
                 continue
-            self._enter(message.world)
-            if message.world == self._world:
+            if message.world is not None:
+                self._enter(message.world)
+            if message.world not in (None, self._world):
+                continue
+            if isinstance(message, Lost):
+                self.lose(message.message)
+            else:
                 self.ranks[message.rank] = RankState(message, time.monotonic())
                 self._metrics.beat(message)
+                await self._find_again()
 
     async def _watch(self) -> None:
         """A rank that is silent for too long is lost; not while this process itself was held up."""
@@ -209,20 +224,35 @@ class EngineClient:
             before = time.monotonic()
             await asyncio.sleep(WATCH_S)
             silent = self.silent_ranks() if time.monotonic() - before < 2 * WATCH_S else {}
-            if silent and self.state in ("serving", "draining"):
+            if silent and self.state != "lost":
                 rank, age = max(silent.items(), key=lambda item: item[1])
                 host, pid = self.ranks[rank].beat.host, self.ranks[rank].beat.pid
+                self._was_silence, self._orphans = True, list(self.streams.values())
                 self.lose(f"rank {rank} (pid {pid} on {host}) has been silent for {age:.1f} s")
 
+    async def _find_again(self) -> None:
+        """Ranks that were silent and are heard again, all of them: no other engine will come."""
+        everybody = len(self.ranks) == self._config.world_size and not self.silent_ranks()
+        if self.state == "lost" and self._was_silence and everybody:
+            logger.warning("all ranks are heard again; before: %s", self.lost_message)
+            self.state = "serving" if len(self.replicas) == self._config.num_replicas else "starting"
+            self.lost_message, self._was_silence = "", False
+            self.lost.clear()
+            orphans, self._orphans = self._orphans, []
+            for stream in orphans:
+                await self._send(stream.replica, Abort(request_id=stream.request_id))
+
     def _enter(self, world: int) -> None:
-        """An engine that began after the one that was known: what that one had is gone."""
-        if world <= self._world:
+        """An engine that was not known: it is newer, and what the one before it had is gone."""
+        if world == self._world or world in self._past:
             return
         if self._world:
+            self._past.add(self._world)
             logger.warning("another engine has come; the one before it: %s", self.lost_message or "ended")
             self.lose("another one has taken its place")
             self._metrics.restarted()
         self._world, self.state, self.lost_message = world, "starting", ""
+        self._was_silence, self._orphans = False, []
         self.replicas, self.stats, self.ranks = {}, {}, {}
         self.lost.clear()
 

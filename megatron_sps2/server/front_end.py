@@ -34,7 +34,7 @@ DRAINED, LOST = 0, 1
 FLUSH_S = 1.0
 LOOK_S = 0.05
 # SLURM signals every process of a step, and rank 0 passes on its own signal: one wish, heard twice.
-ONE_SIGNAL_S = 1.0
+ONE_SIGNAL_S = 3.0
 BACKLOG = 1024
 
 
@@ -48,7 +48,11 @@ class _Server(uvicorn.Server):
 
 def run(config: FrontEndConfig) -> int:
     """Serves until SIGTERM or until a rank is lost -> exit code. Raises OSError for a port that is taken."""
-    return asyncio.run(_FrontEnd(config).run())
+    try:
+        return asyncio.run(_FrontEnd(config).run())
+    finally:
+        for path in map(Path, config.leftovers):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 class _FrontEnd:
@@ -79,8 +83,6 @@ class _FrontEnd:
         server.should_exit = True
         await asyncio.wait({serving}, timeout=2 * FLUSH_S + 1)
         reading.cancel()
-        for path in map(Path, config.leftovers):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         return code
 
     def _on_signal(self) -> None:
@@ -114,15 +116,23 @@ class _FrontEnd:
         """A loss or a signal. Raises what ended `reading`."""
         lost = asyncio.create_task(client.lost.wait())
         signalled = asyncio.create_task(self._signalled.wait())
-        await asyncio.wait({lost, signalled, reading}, return_when=asyncio.FIRST_COMPLETED)
+        while not (lost.done() or signalled.done() or reading.done()):
+            await asyncio.wait({lost, signalled, reading}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            if client.state == "starting" and not self._keeper_lives():
+                client.lose("the ranks ended before the model was loaded")
         if reading.done() and not client.lost.is_set():
             reading.result()
         for task in (lost, signalled):
             task.cancel()
 
     def _keeper_lives(self) -> bool:
-        """Whether there is somebody who starts the engine again, as far as is known."""
-        return self._config.keeper_pid is None or psutil.pid_exists(self._config.keeper_pid)
+        """Whether there is somebody who starts the engine, or starts it again, as far as is known."""
+        if self._config.keeper_pid is None:
+            return True
+        try:
+            return psutil.Process(self._config.keeper_pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
 
     async def _drain(self, client: EngineClient) -> int:
         """What runs may finish; then the ranks are sent home."""

@@ -31,6 +31,6 @@ class FrontEndConfig:
     port_file: str | None = None
     # Its engine may end and come again: requests are answered with 503 meanwhile. False: it ends with it.
     outlives_engine: bool = False
-    # Who starts the engine again; once that process is gone, nobody will. None: it ends by a signal.
+    # Who starts the engine, or starts it again; once that process is gone, nobody will. None: not known.
     keeper_pid: int | None = None
     leftovers: tuple[str, ...] = ()  # files and folders to remove at the end

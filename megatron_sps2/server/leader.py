@@ -5,6 +5,7 @@ Knows the engine and the protocol; no HTTP, no text.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ class Leader:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, identity(world, engine.place.replica))
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
+        self._socket.setsockopt(zmq.IPV6, 1)
         self._socket.connect(endpoint)
 
     def run(self) -> None:
@@ -175,13 +177,13 @@ class Leader:
         now = time.monotonic()
         if now >= self._ready_due:  # again and again: a front end may have been started anew
             self._ready_due = now + READY_S
-            self._send(self._ready())
+            self._tell(self._ready())
         if now < self._stats_due:
             return
         self._stats_due = now + STATS_S
         scheduler, blocks = self._engine.scheduler, self._engine.blocks
         counters, in_step = scheduler.counters, {piece.request_id for piece in self._engine.last_plan.pieces}
-        self._send(
+        self._tell(
             EngineStats(
                 replica=self._engine.place.replica,
                 num_waiting=len(scheduler.waiting),
@@ -199,6 +201,11 @@ class Leader:
                 num_leaked_blocks=self._engine.num_leaked_blocks,
             )
         )
+
+    def _tell(self, message: FromEngine) -> None:
+        """State, which may be missed: a front end that is away must not hold up the engine."""
+        with contextlib.suppress(zmq.Again):
+            self._socket.send(encode(message), zmq.NOBLOCK)
 
     def _send(self, message: FromEngine) -> None:
         self._socket.send(encode(message))

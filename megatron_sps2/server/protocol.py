@@ -27,7 +27,7 @@ class Endpoints:
 
 
 def identity(world: int, replica: int) -> bytes:
-    """Of a leader's socket. Worlds are numbered by when they began: what an earlier one says is not heard."""
+    """Of a leader's socket. Each world of ranks has a random number: what an earlier one says is ignored."""
     return f"{world}:{replica}".encode()
 
 
