@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.sps2_command import ROOT, TIMEOUT_S, answer, environ, make_checkpoint, write_ids
@@ -33,6 +34,7 @@ SAME, PHASES = ("token_ids", "text", "kv_tokens_per_rank", "ledger"), ("prefill"
 # Its prefill takes tens of seconds, and about 3 MB a layer go over the cable each way.
 LONG, NUM_LAYERS = [5 + i % 200 for i in range(16000)], 20
 FEW_LAYERS_SENT = 10_000_000
+SOME_TOKENS_SENT = 400_000
 START_S = 25  # until the server is healthy
 CUT_S = 20  # from the cut to the end of both launchers
 
@@ -102,11 +104,11 @@ def local(flags: tuple[object, ...]) -> dict[str, Any]:
     return answer(*flags)
 
 
-def launch(hosts: TwoHosts, folder: Path, *args: object, **extra: str) -> Launched:
-    """`sps2 ARGS` by torchrun on both hosts, rank 0 on the first."""
+def launch(hosts: TwoHosts, folder: Path, *args: object, fixed: bool = True, **extra: str) -> Launched:
+    """`sps2 ARGS` by torchrun on both hosts; `fixed`: rank 0 on the first, else as torchrun chooses."""
     started = []
     for host in (0, 1):
-        where = {"NNODES": "2", "NPROC": "1", "NODE_RANK": str(host)}
+        where = {"NNODES": "2", "NPROC": "1", **({"NODE_RANK": str(host)} if fixed else {})}
         where["RDZV_ENDPOINT"] = f"{hosts.addresses[0]}:{RENDEZVOUS_PORT}"
         command = ("bash", str(ROOT / "launch" / "torchrun.sh"), *map(str, args))
         with (folder / f"out-{host}").open("w") as out, (folder / f"err-{host}").open("w") as err:
@@ -240,3 +242,21 @@ def test_a_cable_cut_in_mid_prefill_is_a_named_error_on_both_hosts(
         other = 1 - host
         assert any(f"rank {other}" in line and hosts.names[other] in line for line in errors), errors
         assert run.stdout(host) == ""
+
+
+def test_ranks_of_two_hosts_meet_again_after_one_was_killed(
+    hosts: TwoHosts, flags: tuple[object, ...], local: dict[str, Any], tmp_path: Path
+) -> None:
+    """By torchrun on both: the host whose rank died counts a restart, the other one does not."""
+    before = hosts.bytes_sent(0)
+    answer_of = ("generate", *flags, "--json")
+    many = ("--max-tokens", 200, "--ignore-eos")
+    run = launch(hosts, tmp_path, *answer_of, *many, fixed=False, MAX_RESTARTS="2")
+    while hosts.bytes_sent(0) - before < SOME_TOKENS_SENT:
+        run.assert_alive()
+        time.sleep(0.05)
+    psutil.Process(run.launchers[1].pid).children(recursive=True)[-1].kill()
+    assert run.end(TIMEOUT_S) == [0, 0], run.stderr(0) + run.stderr(1)
+    found = json.loads(run.stdout(0) + run.stdout(1))
+    assert found["token_ids"][:12] == local["token_ids"] and len(found["token_ids"]) == 200
+    assert "has ended; last heard in " in run.stderr(0)
