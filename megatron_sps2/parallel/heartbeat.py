@@ -94,7 +94,7 @@ class Heartbeat:
         self._farewell: Message = {"bye": True}
         self._socket: socket.socket | None = None  # rank 0 listens, the others are connected
         self._address: Message = {}  # of rank 0, with the word by which it knows its ranks
-        self._loop = asyncio.new_event_loop()
+        self._loop = asyncio.new_event_loop() if self._peers else None
         self._closing = asyncio.Event()
         self._is_slow = False
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -117,7 +117,7 @@ class Heartbeat:
     ) -> None:
         if error is not None and not isinstance(error, Exception):  # Ctrl-C
             self._fail(f"was interrupted in {self._activity.in_words()}")
-        if self._thread.is_alive():
+        if self._loop and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._closing.set)
             self._thread.join(LEAVE_S)
 
@@ -161,6 +161,7 @@ class Heartbeat:
     # The thread.
 
     def _run(self) -> None:
+        assert self._loop is not None, "started where there are other ranks"
         with contextlib.closing(self._loop):
             self._loop.run_until_complete(self._talk())
 
