@@ -126,7 +126,7 @@ def test_a_job_that_loses_a_node_comes_back(cluster: SlurmCluster, tmp_path: Pat
     node = ("scontrol", "update", f"nodename={NODES[1]}", "reason=lost")
     assert cluster.run(*node, "state=down").returncode == 0
     cluster.wait(number, lambda job: job.num_restarts == 1)
-    assert cluster.run(*node, "state=resume").returncode == 0
+    cluster.run(*node, "state=resume")  # refused where the node has come back by itself
     assert cluster.wait(number).state == "COMPLETED", cluster.log(number)
     assert cluster.output(number).count("sps2") == 2, "one line of each rank"
 

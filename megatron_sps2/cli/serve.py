@@ -187,7 +187,7 @@ def _serve_launched(args: argparse.Namespace) -> int:
 
     def start() -> Endpoints:
         nonlocal beside  # rank 0's alone
-        beside = front_end.start_or_find(args, choose, lambda: args.heart.is_broken)
+        beside = front_end.start_or_find(args, choose, lambda: bool(args.heart.loss))
         return beside.endpoints
 
     def choose(folder: str) -> Endpoints:

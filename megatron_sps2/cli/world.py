@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -33,6 +35,7 @@ from megatron_sps2.parallel.rendezvous import meet, open_store
 # A rank that hears of another's end may hear it from its collective too, and then ends by itself.
 WAKE_S = 2.0
 LEAVE_S = 10.0
+NAME_WAIT_S = 0.5
 PRELOAD = ("torch.distributed", "megatron_sps2.engine.build")
 Body = Callable[[argparse.Namespace], int]
 Check = Callable[[argparse.Namespace], None]
@@ -48,6 +51,10 @@ def in_world(args: argparse.Namespace, body: Body, check: Check, explained: int 
     check_launch(args)
     env = RankEnv.detect()
     if env is not None:
+        # Before any thread is started, as all of them must leave it to the one that waits for it.
+        if getattr(args, "role", None) != "all":  # that one drains
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            threading.Thread(target=_await_sigterm, args=(args,), name="SIGTERM", daemon=True).start()
         return _run_rank(args, body, env, check)
     settle_layout(args)
     check(args)
@@ -164,6 +171,15 @@ def _end(args: argparse.Namespace, env: RankEnv, message: str) -> None:
     elif not args.heart.has_told:
         _say_lost(args, message)
     os._exit(RUN_ERROR)
+
+
+def _await_sigterm(args: argparse.Namespace) -> None:
+    """A launcher ends the ranks that are left when one has died: its name first, which may come later."""
+    signal.sigwait({signal.SIGTERM})
+    heart = getattr(args, "heart", None)
+    if heart and heart.await_loss(NAME_WAIT_S) and not heart.has_told:
+        _say_lost(args, heart.loss)
+    os._exit(128 + signal.SIGTERM)
 
 
 def _say_lost(args: argparse.Namespace, message: str) -> None:

@@ -129,9 +129,13 @@ class Heartbeat:
         self._activity, self._group, self._is_ready = activity, group, True
 
     @property
-    def is_broken(self) -> bool:
-        """A rank was lost."""
-        return bool(self._verdict)
+    def loss(self) -> str:
+        """The line that names who was lost; "" while nobody was."""
+        return self._verdict
+
+    def await_loss(self, seconds: float) -> bool:
+        """True as soon as a rank was lost; False after so many seconds without."""
+        return self._heard.wait(seconds)
 
     def when_lost(self, tell: Callable[[str], None]) -> None:
         """`tell` hears of a loss first."""
@@ -147,7 +151,7 @@ class Heartbeat:
 
     def _name(self, error: Exception) -> Exception:
         if isinstance(error, BROKEN):
-            self._heard.wait(NAME_S)
+            self.await_loss(NAME_S)
         if self._verdict:
             time.sleep(AFTER_S)
             lost = RuntimeError(self._verdict)
