@@ -67,7 +67,7 @@ lint: venv-test
 
 # Most tests wait more than they compute; those that do compute run alone.
 test: venv-test model lint
-	$(BIN)/python -m pytest -m "not busy" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not busy" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m busy
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,13 @@ def smollm2_gguf() -> Path:
 def smollm2_checkpoint() -> Path:
     """SmolLM2-135M-Instruct converted to a Megatron checkpoint folder."""
     return _existing(cache_folder() / "SmolLM2-135M-Instruct")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, then those with many: what is begun last should be over soon.
+
+    One that takes minutes would keep one worker busy at the end while the other has nothing left.
+    """
+    counts = Counter(item.path for item in items)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, -counts[item.path], item.path))

@@ -23,6 +23,7 @@ from tests.two_hosts import TwoHosts, reason_against, two_hosts
 
 REASON = reason_against()
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
     pytest.mark.timeout(TIMEOUT_S),
 ]
