@@ -14,7 +14,7 @@ import pytest
 
 from tests.planted_error import PLANTED
 from tests.restarting import await_answer, await_loss, free_pair, front_end, rank_of
-from tests.slurm_cluster import NODES, SlurmCluster, slurm_cluster, why_none
+from tests.slurm_cluster import NODES, Job, SlurmCluster, slurm_cluster, why_none
 from tests.sps2_command import ROOT, answer, environ, make_checkpoint, write_ids
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_none()), reason=why_none())]
@@ -126,7 +126,13 @@ def test_a_job_that_loses_a_node_comes_back(cluster: SlurmCluster, tmp_path: Pat
     node = ("scontrol", "update", f"nodename={NODES[1]}", "reason=lost")
     assert cluster.run(*node, "state=down").returncode == 0
     cluster.wait(number, lambda job: job.num_restarts == 1)
-    cluster.run(*node, "state=resume")  # refused where the node has come back by itself
+
+    def runs_again(job: Job) -> bool:
+        """SLURM refuses while the node is being cleaned of the job, and once it has come back by itself."""
+        cluster.run(*node, "state=resume")
+        return job.state != "PENDING"
+
+    cluster.wait(number, runs_again)
     assert cluster.wait(number).state == "COMPLETED", cluster.log(number)
     assert cluster.output(number).count("sps2") == 2, "one line of each rank"
 

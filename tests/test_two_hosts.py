@@ -35,7 +35,7 @@ SAME, PHASES = ("token_ids", "text", "kv_tokens_per_rank", "ledger"), ("prefill"
 # Its prefill takes tens of seconds, and about 3 MB a layer go over the cable each way.
 LONG, NUM_LAYERS = [5 + i % 200 for i in range(16000)], 20
 FEW_LAYERS_SENT = 10_000_000
-SOME_TOKENS_SENT = 400_000
+SOME_TOKENS_SENT = 300_000
 START_S = 25  # until the server is healthy
 CUT_S = 20  # from the cut to the end of both launchers
 
@@ -221,22 +221,18 @@ def test_a_server_over_two_hosts_answers_as_one_host_does_and_drains(
     assert "sps2: error" not in run.stderr(0) + run.stderr(1)
 
 
-@pytest.mark.parametrize(
-    ("silent", "flags"),
-    [(True, ()), (False, ("--heartbeat-timeout-s", 4))],
-    ids=["silently", "cards down"],
-)
 def test_a_cable_cut_in_mid_prefill_is_a_named_error_on_both_hosts(
-    hosts: TwoHosts, checkpoint: Path, tmp_path: Path, silent: bool, flags: tuple[object, ...]
+    hosts: TwoHosts, checkpoint: Path, tmp_path: Path
 ) -> None:
+    """With the time-outs that users get; to what is connected, cards that go down look the same."""
     ids = write_ids(tmp_path / "ids.json", LONG)
     before = hosts.bytes_sent(0)
     prompt = ("--checkpoint", checkpoint, "--sp", 2, "--prompt-ids", ids)
-    run = launch(hosts, tmp_path, "generate", *prompt, *flags)
+    run = launch(hosts, tmp_path, "generate", *prompt)
     while hosts.bytes_sent(0) - before < FEW_LAYERS_SENT:
         run.assert_alive()
         time.sleep(0.05)
-    hosts.cut(silent=silent)
+    hosts.cut()
     assert 0 not in run.end(CUT_S)
     for host in (0, 1):
         errors = [line for line in run.stderr(host).splitlines() if line.startswith("sps2: error")]
@@ -251,7 +247,7 @@ def test_ranks_of_two_hosts_meet_again_after_one_was_killed(
     """By torchrun on both: the host whose rank died counts a restart, the other one does not."""
     before = hosts.bytes_sent(0)
     answer_of = ("generate", *flags, "--json")
-    many = ("--max-tokens", 200, "--ignore-eos")
+    many = ("--max-tokens", 64, "--ignore-eos")
     run = launch(hosts, tmp_path, *answer_of, *many, fixed=False, MAX_RESTARTS="2")
     while hosts.bytes_sent(0) - before < SOME_TOKENS_SENT:
         run.assert_alive()
@@ -259,5 +255,5 @@ def test_ranks_of_two_hosts_meet_again_after_one_was_killed(
     psutil.Process(run.launchers[1].pid).children(recursive=True)[-1].kill()
     assert run.end(TIMEOUT_S) == [0, 0], run.stderr(0) + run.stderr(1)
     found = json.loads(run.stdout(0) + run.stdout(1))
-    assert found["token_ids"][:12] == local["token_ids"] and len(found["token_ids"]) == 200
+    assert found["token_ids"][:12] == local["token_ids"] and len(found["token_ids"]) == 64
     assert "has ended; last heard in " in run.stderr(0)
