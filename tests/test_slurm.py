@@ -108,17 +108,6 @@ def test_a_rank_that_fails_ends_the_job_with_its_error(
     assert f"sps2: error: [rank 1 of 2] {PLANTED}" in cluster.log(number)
 
 
-def test_a_failed_job_comes_back_as_often_as_max_restarts_says(
-    cluster: SlurmCluster, flags: tuple[object, ...], spawned: dict[str, Any], tmp_path: Path
-) -> None:
-    script = (LAUNCH / "slurm.sbatch", "generate", *flags, "--json")
-    number = cluster.sbatch(*TWO_NODES, *script, MAX_RESTARTS="1", **with_planted_error(tmp_path))
-    job = cluster.wait(number)
-    assert (job.state, job.exit_code, job.num_restarts) == ("COMPLETED", 0, 1), cluster.log(number)
-    assert PLANTED in cluster.log(number)
-    assert_same(cluster.output(number), spawned)
-
-
 def test_a_job_that_loses_a_node_comes_back(cluster: SlurmCluster, tmp_path: Path) -> None:
     script = (*TWO_NODES, "--requeue", LAUNCH / "slurm.sbatch", "--version")
     number = cluster.sbatch(*script, **with_python(tmp_path, f"touch {tmp_path}/life; sleep 60"))
