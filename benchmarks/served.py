@@ -74,7 +74,7 @@ def serve(
         try:
             yield _await_health(process, port_file, log)
         finally:
-            _kill_family(process)
+            kill_family(process)
 
 
 def _await_health(process: subprocess.Popen[str], port_file: Path, log: Path) -> Server:
@@ -88,7 +88,7 @@ def _await_health(process: subprocess.Popen[str], port_file: Path, log: Path) ->
     raise RuntimeError(f"the server did not become healthy: {log.read_text()}")
 
 
-def _kill_family(process: subprocess.Popen[str]) -> None:
+def kill_family(process: subprocess.Popen[str]) -> None:
     import psutil
 
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.served import Server, _kill_family
+from benchmarks.served import Server, kill_family
 from tests.sps2_command import ROOT, SPS2, environ
 from tests.tiny_llama import prompt
 
@@ -76,7 +76,7 @@ def front_end(checkpoint: Path, address: str, folder: Path) -> Iterator[Server]:
             time.sleep(0.05)
         yield Server(process, f"http://127.0.0.1:{port_file.read_text()}", log)
     finally:
-        _kill_family(process)
+        kill_family(process)
 
 
 def free_pair() -> int:

@@ -82,6 +82,13 @@ def answer(*args: object, stdin: str = "", **extra: str) -> dict[str, Any]:
     return found
 
 
+def demo_flags(folder: Path) -> tuple[object, ...]:
+    """Of `sps2 generate`: the run whose answer every launcher must give."""
+    ids = write_ids(folder / "ids.json", range(5, 42))
+    ranks = ("--checkpoint", make_checkpoint(folder), "--sp", 2)
+    return (*ranks, "--prompt-ids", ids, "--max-tokens", 12, "--temperature", 0)
+
+
 def write_ids(path: Path, ids: Iterable[int]) -> Path:
     path.write_text(json.dumps(list(ids)))
     return path

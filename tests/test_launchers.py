@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.sps2_command import BIN, ROOT, TIMEOUT_S, answer, environ, make_checkpoint, write_ids
+from tests.sps2_command import BIN, ROOT, TIMEOUT_S, answer, demo_flags, environ, write_ids
 
 # Open MPI, of version 4 and 5, refuses to start as root, as in containers, unless told twice.
 AS_ROOT = {
@@ -25,10 +25,7 @@ needs_mpirun = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
-    folder = tmp_path_factory.mktemp("launchers")
-    ids = write_ids(folder / "ids.json", range(5, 42))
-    ranks = ("--checkpoint", make_checkpoint(folder), "--sp", 2)
-    return (*ranks, "--prompt-ids", ids, "--max-tokens", 12, "--temperature", 0)
+    return demo_flags(tmp_path_factory.mktemp("launchers"))
 
 
 @pytest.fixture(scope="module")

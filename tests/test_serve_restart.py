@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.served import Server, _kill_family, serve
+from benchmarks.served import Server, kill_family, serve
 from megatron_sps2.cli.front_end import restarts_left
 from tests.restarting import ask, await_answer, await_loss, free_pair, front_end, rank_of
 from tests.sps2_command import ROOT, SPS2, environ, make_checkpoint
@@ -87,7 +87,7 @@ def engine(checkpoint: Path, address: str, log: Path) -> Iterator[subprocess.Pop
     try:
         yield process
     finally:
-        _kill_family(process)
+        kill_family(process)
 
 
 def test_a_front_end_by_itself_serves_one_job_after_another(checkpoint: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from tests.planted_error import PLANTED
 from tests.restarting import await_answer, await_loss, free_pair, front_end, rank_of
 from tests.slurm_cluster import NODES, Job, SlurmCluster, slurm_cluster, why_none
-from tests.sps2_command import ROOT, answer, environ, make_checkpoint, write_ids
+from tests.sps2_command import ROOT, answer, demo_flags, environ
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_none()), reason=why_none())]
 TWO_NODES = ("-N", 2, "-n", 2)
@@ -32,10 +32,7 @@ def cluster() -> Iterator[SlurmCluster]:
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
-    folder = tmp_path_factory.mktemp("slurm")
-    ids = write_ids(folder / "ids.json", range(5, 42))
-    ranks = ("--checkpoint", make_checkpoint(folder), "--sp", 2)
-    return (*ranks, "--prompt-ids", ids, "--max-tokens", 12, "--temperature", 0)
+    return demo_flags(tmp_path_factory.mktemp("slurm"))
 
 
 @pytest.fixture(scope="module")

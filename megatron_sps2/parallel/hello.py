@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from megatron_sps2.parallel.host import available_cores
 from megatron_sps2.parallel.rank_env import RankEnv
 
 # What must be the same everywhere: ranks exchange objects of these, and compute with them.
@@ -61,14 +62,8 @@ def own_hello(env: RankEnv, environ: Mapping[str, str] | None = None) -> Hello:
         pid=os.getpid(),
         job=variables.get(JOB_VARIABLES.get(env.launcher, ""), ""),
         versions=_versions(),
-        cores=_cores(),
+        cores=available_cores(),
     )
-
-
-def _cores() -> tuple[int, ...]:
-    if hasattr(os, "sched_getaffinity"):
-        return tuple(sorted(os.sched_getaffinity(0)))
-    return tuple(range(os.cpu_count() or 1))
 
 
 def _versions() -> dict[str, str]:

@@ -17,9 +17,16 @@ CAN_BIND = hasattr(os, "sched_setaffinity")  # Linux
 GROUPS = Path("/sys/fs/cgroup")
 
 
+def available_cores() -> Cores:
+    """That this process may run on, in order."""
+    if CAN_BIND:
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
 def num_cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(available_cores())
 
 
 def in_order(cores: Cores, folder: Path = CPUS) -> Cores:

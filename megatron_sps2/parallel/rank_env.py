@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from megatron_sps2.config import ParallelConfig
 from megatron_sps2.parallel import slurm
+from megatron_sps2.parallel.host import num_cores
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -122,8 +123,7 @@ def limit_shape_caches(environ: MutableMapping[str, str]) -> None:
 
 def threads_per_rank(local_world_size: int) -> int:
     """Compute threads for each of `local_world_size` ranks that share this host's cores; at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_world_size)
+    return max(1, num_cores() // local_world_size)
 
 
 def init_process_group(env: RankEnv, backend: str, timeout: timedelta, store: Store | None = None) -> None:
