@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sps2.ops import blocked
+from megatron_sps2.ops import blocked, running
 from megatron_sps2.ops.attend import attend, attend_reference, choose
 from megatron_sps2.ops.blocked import attend_blocked
 from megatron_sps2.ops.decode_attend import attend_few
@@ -25,6 +25,7 @@ def many_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that short inputs cross several tiles of keys and blocks of queries."""
     monkeypatch.setattr(blocked, "TILE_KEYS", 64)
     monkeypatch.setattr(blocked, "MAX_QUERIES", 48)
+    monkeypatch.setattr(blocked, "STRIP_QUERIES", 20)
 
 
 def make(
@@ -157,8 +158,8 @@ def test_values_may_arrive_late_and_are_asked_for_once(implementation: Attend, d
 
 def test_scores_start_before_values_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    product = blocked.product
-    monkeypatch.setattr(blocked, "product", lambda x, y: events.append("product") or product(x, y))
+    product = running.product
+    monkeypatch.setattr(running, "product", lambda x, y: events.append("product") or product(x, y))
     q, k, v = make(100, 100)
 
     def arrive() -> Tensor:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_sps2.ops.blocked import attend_blocked, fast_bf16
+from megatron_sps2.ops.blocked import attend_blocked
 from megatron_sps2.ops.decode_attend import attend_few
+from megatron_sps2.ops.product import fast_bf16
 
 Values = Tensor | Callable[[], Tensor]
 Attend = Callable[..., tuple[Tensor, Tensor]]

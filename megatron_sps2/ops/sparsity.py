@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_sps2.ops.blocked import LN2, product
+from megatron_sps2.ops.product import product
+from megatron_sps2.ops.tile import LN2
 
 
 def probe_rows(num_rows: int, num_probes: int) -> list[int]:

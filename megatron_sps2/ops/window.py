@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_sps2.ops.blocked import product
+from megatron_sps2.ops.product import product
 
 # Queries whose keys are cut out together: more would read more keys that most of them do not see.
 BLOCK_QUERIES = 256
