@@ -10,6 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+# Keys that are made fp32 at a time: they should stay in the cache until they are multiplied.
+CONVERTED_KEYS = 1024
+
 
 def attend_few(
     q: Tensor, k: Tensor, v: Tensor | Callable[[], Tensor], *, scale: float, diagonal: int | None
@@ -43,18 +46,13 @@ def attend_few(
 def _scores(rows: Tensor, keys: Tensor, scale: float) -> Tensor:
     """`[n_kv, r, d]`, `[sk, n_kv, d]` -> scaled scores `[n_kv, r, sk]` in fp32.
 
-    A bf16 matmul rounds its fp32 sums to bf16, too coarse for an exponent: a second one gives what was lost.
+    A bf16 matmul would round its fp32 sums to bf16, too coarse for an exponent, and be no faster for so few rows.
     """
-    scores = rows.new_empty(*rows.shape[:2], len(keys), dtype=torch.float32)
-    for head, own in enumerate(scores):
-        # contiguous() copies nothing of such a cache; elsewhere it keeps results free of strides.
-        key_t = keys[:, head].contiguous().t()
-        if rows.dtype == torch.float32:
-            torch.mm(rows[head], key_t, out=own)
-        else:
-            rounded = torch.mm(rows[head], key_t)
-            own.copy_(rounded).add_(torch.addmm(rounded, rows[head], key_t, beta=-1))
-    return scores.mul_(scale)
+    rows, heads = rows.float() * scale, keys.transpose(0, 1)
+    if keys.dtype == torch.float32:
+        return torch.bmm(rows, heads.transpose(1, 2))
+    parts = [torch.bmm(rows, part.float().transpose(1, 2)) for part in heads.split(CONVERTED_KEYS, dim=1)]
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 def _hide(scores: Tensor, diagonal: int) -> None:
@@ -71,8 +69,4 @@ def _weigh(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     # The largest weight is exp(largest score - lse).
     lse = scores.amax(dim=-1) - weights.amax(dim=-1).log_()
     # Weights sum to 1, so a bf16 result is rounded once.
-    weights = weights.to(values.dtype)
-    out = values.new_empty(*scores.shape[:2], values.shape[2])
-    for head, own in enumerate(out):
-        torch.mm(weights[head], values[:, head].contiguous(), out=own)
-    return out, lse
+    return torch.bmm(weights.to(values.dtype), values.transpose(0, 1)), lse
