@@ -13,7 +13,12 @@ Summary = Mapping[str, Any]  # by vLLM's key names
 TIMES = {"ttft": "ttft", "tbt": "itl", "tpot": "tpot", "e2e": "e2el"}
 STATISTICS = ("mean", "p50", "p90", "p99")
 # More is better.
-THROUGHPUTS = ("prefill_throughput", "decode_throughput")
+THROUGHPUTS = (
+    "prefill_throughput",
+    "decode_throughput",
+    "prefill_throughput_busy",
+    "decode_throughput_busy",
+)
 # Of SPS2 to Sarathi-Serve, "up to" (arXiv 2409.15104).
 PAPER = {"ttft": 7.5, "tbt": 1.92, "e2e": 9.8, "prefill_throughput": 8.2, "decode_throughput": 5.2}
 
