@@ -16,7 +16,8 @@ class ArrivalConfig:
     """`closed`: all are ready at once and a limit on how many run (the client's) spaces them."""
 
     kind: str = "trace"
-    request_rate: float = math.inf  # per second, of poisson, gamma and constant
+    # Per second: of poisson, gamma and constant; a trace's times are rescaled to it, unless it is inf.
+    request_rate: float = math.inf
     burstiness: float = 1.0  # shape of gamma: 1 is poisson, below it burstier, above it more even
     seed: int = 0
 
@@ -33,19 +34,19 @@ class ArrivalConfig:
 
 def arrival_times(config: ArrivalConfig, traced: Sequence[float]) -> list[float]:
     """One time for each of `traced`, the times of the trace, which the kind `trace` keeps."""
-    if config.kind == "trace":
-        return list(traced)
     if config.kind == "closed":
         return [0.0] * len(traced)
-    return _spaced(config, len(traced))
+    if config.kind == "trace" and config.request_rate == math.inf:
+        return list(traced)
+    gaps = np.diff(traced) if config.kind == "trace" else _gaps(config, len(traced) - 1)
+    return [0.0, *np.cumsum(_at_rate(gaps, config.request_rate)).tolist()]
 
 
-def _spaced(config: ArrivalConfig, num_requests: int) -> list[float]:
-    """The first at 0 s. Gaps are rescaled to the rate's mean, so that runs of different seeds offer one load."""
-    gaps = _gaps(config, num_requests - 1)
-    if len(gaps):
-        gaps *= len(gaps) / (config.request_rate * gaps.sum())
-    return [0.0, *np.cumsum(gaps).tolist()]
+def _at_rate(gaps: np.ndarray, rate: float) -> np.ndarray:
+    """Rescaled to the rate's mean, so that every seed offers the same load."""
+    if len(gaps) and not gaps.sum():
+        raise ValueError("all requests of the trace come at once: no rate can be given to them; use poisson")
+    return gaps * len(gaps) / (rate * gaps.sum()) if len(gaps) else gaps
 
 
 def _gaps(config: ArrivalConfig, num_gaps: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 BLOCK_TOKENS = 512  # of a Mooncake hash id
 DEFAULT_OUTPUT = 128  # of a synthetic request that does not say
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+EPOCH = datetime(1970, 1, 1)
 CSV_COLUMNS = ("prompt_tokens", "output_tokens")
 
 
@@ -53,16 +54,7 @@ def read_trace(
         raise ValueError(f"{trace} has no requests; give a trace of the format {trace_format}")
     planned.sort(key=lambda each: each.arrival_s)
     start = planned[0].arrival_s
-    return [_later(each, -start) for each in planned[:num_requests]]
-
-
-def _later(one: Planned, seconds: float) -> Planned:
-    return Planned(
-        arrival_s=one.arrival_s + seconds,
-        num_prompt_tokens=one.num_prompt_tokens,
-        num_output_tokens=one.num_output_tokens,
-        hash_ids=one.hash_ids,
-    )
+    return [replace(each, arrival_s=each.arrival_s - start) for each in planned[:num_requests]]
 
 
 # Mooncake
@@ -91,7 +83,7 @@ def _mooncake_line(place: _Place, line: str) -> Planned:
         rule = f"input_length {length} has {math.ceil(length / BLOCK_TOKENS)} blocks of {BLOCK_TOKENS} tokens"
         raise place.wrong(f"{len(hash_ids)} hash_ids", rule)
     return Planned(
-        arrival_s=place.number_(row.get("timestamp"), "timestamp") / 1e3,
+        arrival_s=place.number_of(row.get("timestamp"), "timestamp") / 1e3,
         num_prompt_tokens=length,
         num_output_tokens=place.count(row.get("output_length"), "output_length"),
         hash_ids=tuple(hash_ids),
@@ -115,7 +107,7 @@ def read_csv(path: Path) -> Iterator[Planned]:
     """prompt_tokens,output_tokens and, where arrivals are known, arrival_s."""
     for place, row in _rows(path, CSV_COLUMNS):
         yield Planned(
-            arrival_s=place.number_(row.get("arrival_s", "0"), "arrival_s"),
+            arrival_s=place.number_of(row.get("arrival_s", "0"), "arrival_s"),
             num_prompt_tokens=place.count(row["prompt_tokens"], "prompt_tokens"),
             num_output_tokens=place.count(row["output_tokens"], "output_tokens"),
         )
@@ -145,11 +137,15 @@ def synthetic(spec: str, num_requests: int, seed: int = 0) -> list[Planned]:
     return [
         Planned(
             arrival_s=0.0,
-            num_prompt_tokens=int(rng.integers(*parts[i][1], endpoint=True)),
-            num_output_tokens=int(rng.integers(*parts[i][2], endpoint=True)),
+            num_prompt_tokens=_drawn(rng, parts[i][1]),
+            num_output_tokens=_drawn(rng, parts[i][2]),
         )
         for i in chosen
     ]
+
+
+def _drawn(rng: np.random.Generator, bounds: tuple[int, int]) -> int:
+    return int(rng.integers(bounds[0], bounds[1] + 1))
 
 
 def _part(text: str, spec: str) -> tuple[float, tuple[int, int], tuple[int, int]]:
@@ -160,8 +156,8 @@ def _part(text: str, spec: str) -> tuple[float, tuple[int, int], tuple[int, int]
         share, lengths = 0.0, []
     if not 0 < share < math.inf or len(lengths) not in (1, 2):
         raise ValueError(
-            f"{text.strip()!r} in the mix {spec!r} must be SHARE:LEAST-MOST or SHARE:LEAST-MOST:OUTPUT, share "
-            "above 0, lengths at least 1; use such as 0.8:128-1024,0.2:4096-8192:64-256"
+            f"{text.strip()!r} in the mix {spec!r} must be SHARE:LEAST-MOST or SHARE:LEAST-MOST:OUTPUT, "
+            "share above 0, lengths at least 1; use such as 0.8:128-1024,0.2:4096-8192:64-256"
         )
     return share, lengths[0], lengths[1] if len(lengths) == 2 else (DEFAULT_OUTPUT, DEFAULT_OUTPUT)
 
@@ -189,12 +185,12 @@ class _Place:
         return ValueError(f"{self.path}, line {self.line}: {value!r}: {rule}; mend the line or remove it")
 
     def count(self, value: Any, name: str) -> int:
-        number = self.number_(value, name)
+        number = self.number_of(value, name)
         if number != int(number) or number < 1:
             raise self.wrong(value, f"{name} must be a whole number of at least 1")
         return int(number)
 
-    def number_(self, value: Any, name: str) -> float:
+    def number_of(self, value: Any, name: str) -> float:
         try:
             number = float(value)
         except (TypeError, ValueError):
@@ -208,7 +204,7 @@ class _Place:
             moment = datetime.fromisoformat(str(text).strip()[:26])  # microseconds at most
         except ValueError as error:
             raise self.wrong(text, "TIMESTAMP must be a date such as 2023-11-16 18:17:03.9799600") from error
-        return moment.replace(tzinfo=None).timestamp()
+        return (moment.replace(tzinfo=None) - EPOCH).total_seconds()
 
 
 READERS: dict[str, Callable[[Path], Iterator[Planned]]] = {

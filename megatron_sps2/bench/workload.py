@@ -1,6 +1,6 @@
 """From a trace's lengths to requests with prompts: scaled, clipped, as token ids, all drawn from a seed.
 
-Equal hash ids give equal tokens, so that prefixes are shared as in the trace. Knows no tokenizer and no clock.
+Equal hash ids give equal tokens, so that prefixes are shared as in the trace. Knows no tokenizer.
 """
 
 from __future__ import annotations
