@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_sps2.bench.client import Record
+from megatron_sps2.bench.record import Record
 
 Interval = tuple[float, float]
 

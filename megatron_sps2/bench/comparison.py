@@ -13,8 +13,8 @@ from typing import Any
 
 from megatron_sps2.bench.agreement import agreement
 from megatron_sps2.bench.busy import Busy, busy
-from megatron_sps2.bench.client import Record
 from megatron_sps2.bench.ratios import PAPER, Measured, ratios_to_bases
+from megatron_sps2.bench.record import Record
 from megatron_sps2.bench.setting import REFERENCE, Setting
 from megatron_sps2.bench.summary import summarize
 from megatron_sps2.bench.turns import Turn

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from megatron_sps2.bench import client
 from megatron_sps2.bench.arrivals import ArrivalConfig, arrival_times
 from megatron_sps2.bench.fleet import Fleet, Server
+from megatron_sps2.bench.record import Record
 from megatron_sps2.bench.trace import Planned
 from megatron_sps2.bench.workload import Ask, WorkloadConfig, build
 
@@ -56,7 +57,7 @@ class Turn:
     load: float
     round: int
     setting: str
-    records: Sequence[client.Record]
+    records: Sequence[Record]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +109,7 @@ def take_turns(
     planned: Sequence[Planned],
     corpus: Sequence[int] | None = None,
     on_start: Callable[[Replay, str], None] = lambda replay, name: None,
-    on_done: Callable[[client.Record], None] = lambda record: None,
+    on_done: Callable[[Record], None] = lambda record: None,
 ) -> Iterator[Turn]:
     """Every turn of the comparison, as it ends. Raises RuntimeError where a server is lost."""
     warm = set[int]()
