@@ -1,5 +1,6 @@
 """`sps2 bench compare` without servers: names of settings, turns, ratios, agreement, tables."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from megatron_sps2.bench.trace import Planned
 from megatron_sps2.bench.turns import Schedule, Turn, parts, replays, rotated
 from megatron_sps2.bench.workload import WorkloadConfig
 from megatron_sps2.config import ModelConfig, ParallelConfig
+from tests.sps2_command import make_checkpoint, sps2, words
 
 SP2 = ParallelConfig(sp_size=2)
 NAMES = ["sps2-csa", "sps2-exact", "sarathi-512"]
@@ -300,3 +302,36 @@ def test_a_server_that_does_not_start_is_named_with_the_end_of_its_log(tmp_path:
         pytest.raises(RuntimeError, match="setting sps2-csa did not start.*exit code 2.*\n.*does not exist"),
     ):
         fleet.start()
+
+
+# The command, with two real servers
+
+
+def test_one_run_gives_ratios_answers_that_agree_and_a_page(tmp_path: Path) -> None:
+    lines = [
+        {"timestamp": 40 * i, "input_length": 700 + 90 * i, "output_length": 6, "hash_ids": [0, i + 1]}
+        for i in range(4)
+    ]
+    (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "text").write_text(words(3 + i * i % 240 for i in range(900)))
+    done = sps2(
+        *("bench", "compare", "--checkpoint", make_checkpoint(tmp_path, num_hidden_layers=2)),
+        *("--settings", "sps2-exact,sarathi-64", "--trace", tmp_path / "trace.jsonl"),
+        *("--text", tmp_path / "text", "--length-scale", 0.5, "--rounds", 2, "--loads", "1,0.5"),
+        *("--num-warmups", 1, "--json", tmp_path / "out.json", "--html", tmp_path / "out.html"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("2 of 2 answered") == 8 and "Traceback" not in done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [(each["load"], each["setting"], each["completed"]) for each in found["results"]] == [
+        (load, name, 4) for load in (1.0, 0.5) for name in ("sps2-exact", "sarathi-64")
+    ]
+    for each in found["results"]:
+        assert (each["total_input_tokens"], each["total_output_tokens"]) == (1670, 12)
+    # Two ways of exact attention in float32; random tokens of a random model would not agree by chance.
+    assert [each["agreement"]["whole"] for each in found["results"][1::2]] == [1.0, 1.0]
+    ratio = found["ratios_to_sarathi"]["0.5"]["to_best"]["sps2-exact"]["e2e"]["mean"]
+    assert 0 < ratio["min"] <= ratio["ratio"] <= ratio["max"]
+    assert found["rounds"] == 2 and "--policy sarathi" in found["settings"]["sarathi-64"]
+    assert (tmp_path / "out.html").read_text().count("<svg") == 3
+    assert "As the paper has it" in done.stdout

@@ -31,6 +31,11 @@ class Sheet:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
 
+    @property
+    def lines(self) -> list[Sequence[str]]:
+        """The header first."""
+        return [self.columns, *self.rows]
+
 
 def sheets(results: Results) -> list[Sheet]:
     """Of every load: speed and ratios; then accuracy, and the paper's figures beside ours."""
