@@ -22,7 +22,7 @@ from megatron_sps2.bench.setting import (
     spread,
 )
 from megatron_sps2.bench.trace import Planned
-from megatron_sps2.bench.turns import Schedule, Turn, parts, replays, rotated
+from megatron_sps2.bench.turns import Schedule, Turn, parts, replays, rotated, session
 from megatron_sps2.bench.workload import WorkloadConfig
 from megatron_sps2.config import ModelConfig, ParallelConfig
 from tests.sps2_command import make_checkpoint, sps2, words
@@ -141,14 +141,14 @@ def test_each_setting_takes_each_place_once_in_as_many_rounds_as_settings() -> N
 def test_a_prefix_is_shared_within_a_round_and_never_across_rounds_or_loads() -> None:
     prefixes = list[tuple[int, ...]]()
     for replay in replays(schedule(), trace(6)):
-        mine = {tuple(ask.prompt[:512]) for ask in replay.asks}
+        mine = {tuple(ask.prompt[:512]) for ask in session(schedule(), replay, "").asks(replay.salt)}
         assert len(mine) == 1  # hash id 0 of this round
         prefixes += mine
     assert len(set(prefixes)) == len(prefixes) == 6
 
 
 def test_a_load_stretches_arrivals_and_nothing_else() -> None:
-    by_load = {replay.load: replay.asks for replay in replays(schedule(num_rounds=1), trace(3))}
+    by_load = {each.load: session(schedule(), each, "").asks() for each in replays(schedule(), trace(9))}
     assert [ask.arrival_s for ask in by_load[1.0]] == [0, 1, 2]
     assert [ask.arrival_s for ask in by_load[2.0]] == [0, 2, 4]
     assert [len(ask.prompt) for ask in by_load[2.0]] == [len(ask.prompt) for ask in by_load[1.0]]

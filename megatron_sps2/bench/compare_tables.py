@@ -39,12 +39,16 @@ class Sheet:
 
 def sheets(results: Results) -> list[Sheet]:
     """Of every load: speed and ratios; then accuracy, and the paper's figures beside ours."""
-    loads = list(dict.fromkeys(each["load"] for each in results["results"]))
     found = list[Sheet]()
-    for load in loads:
+    for load in loads(results):
         found.append(_speed(results, load))
         found += _ratios(results, load)
-    return [*found, *_accuracy(results), *_paper(results, loads[-1:])]
+    return [*found, *_accuracy(results), *_paper(results)]
+
+
+def loads(results: Results) -> list[float]:
+    """The lightest first."""
+    return list(dict.fromkeys(each["load"] for each in results["results"]))
 
 
 def _of(results: Results, load: float) -> list[dict[str, Any]]:
@@ -128,11 +132,11 @@ def _accuracy(results: Results) -> list[Sheet]:
     return [sheet]
 
 
-def _paper(results: Results, loads: Sequence[float]) -> list[Sheet]:
+def _paper(results: Results) -> list[Sheet]:
     """At the highest load, the settings that are not sarathi's."""
-    if not loads or not results["ratios_to_sarathi"][f"{loads[0]:g}"]["to_best"]:
+    if not (highest := loads(results)[-1:]):
         return []
-    found = results["ratios_to_sarathi"][f"{loads[0]:g}"]
+    found = results["ratios_to_sarathi"][f"{highest[0]:g}"]
     names = [name for name in found["to_best"] if name not in found["to"]]
     rows = []
     for key, most in PAPER.items():
@@ -142,7 +146,7 @@ def _paper(results: Results, loads: Sequence[float]) -> list[Sheet]:
             label = f"{TITLES[key]}, {stat}" if stat else TITLES[key]
             rows.append([label, f"{most:g}x", *map(_ratio, cells)])
     sheet = Sheet(
-        title=f"As the paper has it, at the highest load (arrival times x {loads[0]:g})",
+        title=f"As the paper has it, at the highest load (arrival times x {highest[0]:g})",
         note=f"The paper: SPS2 to Sarathi-Serve, at most. Here: to {found['best']} on the same ranks",
         columns=["", "paper, at most", *names],
         rows=rows,

@@ -26,7 +26,7 @@ _PAGE = """<!doctype html>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; color: #222; }}
 svg {{ max-width: 100%; height: auto; }} table {{ border-collapse: collapse; margin: 1rem 0; }}
 th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }}
-th:first-child, td:first-child {{ text-align: left; }}
+th:first-child, td:first-child {{ text-align: left; }} caption {{ text-align: left; }}
 </style></head><body>
 <h1>{title}</h1>
 <p>{facts}</p>
@@ -85,12 +85,21 @@ def table(rows: Rows, title: str = "") -> Table:
 
 
 def page(
-    title: str, facts: str, tables: Sequence[Rows], figures: Sequence[Figure], notes: str = NOTES
+    title: str,
+    facts: str,
+    tables: Sequence[Rows],
+    figures: Sequence[Figure],
+    notes: str = NOTES,
+    captions: Sequence[str] = (),
 ) -> str:
-    """HTML, with everything in it."""
+    """HTML, with everything in it. `captions` are of the tables, as many or none."""
     from megatron_sps2.bench.figures import svg
 
-    body = [*map(_html_table, tables), *(f"<figure>{svg(figure)}</figure>" for figure in figures)]
+    named = zip(tables, captions or [""] * len(tables), strict=True)
+    body = [
+        *(_html_table(*each) for each in named),
+        *(f"<figure>{svg(figure)}</figure>" for figure in figures),
+    ]
     return _PAGE.format(
         title=html.escape(title), facts=html.escape(facts), body="\n".join(body), notes=html.escape(notes)
     )
@@ -107,13 +116,13 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
 
 
-def _html_table(rows: Rows) -> str:
+def _html_table(rows: Rows, caption: str = "") -> str:
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    return (
-        "<table>\n" + "\n".join([line(rows[0], "th"), *(line(row, "td") for row in rows[1:])]) + "\n</table>"
-    )
+    head = f"<caption>{html.escape(caption)}</caption>\n" if caption else ""
+    lines = [line(rows[0], "th"), *(line(row, "td") for row in rows[1:])]
+    return f"<table>\n{head}" + "\n".join(lines) + "\n</table>"
 
 
 def _number(value: float | int | None) -> str:

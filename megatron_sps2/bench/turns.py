@@ -10,17 +10,13 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from megatron_sps2.bench import client
-from megatron_sps2.bench.arrivals import ArrivalConfig, arrival_times
-from megatron_sps2.bench.fleet import Fleet, Server
+from megatron_sps2.bench.arrivals import ArrivalConfig
+from megatron_sps2.bench.client import Endpoint
+from megatron_sps2.bench.fleet import Fleet
 from megatron_sps2.bench.record import Record
+from megatron_sps2.bench.session import Session
 from megatron_sps2.bench.trace import Planned
-from megatron_sps2.bench.workload import Ask, WorkloadConfig, build
-
-# Prompts of another round, or of the warm-up, are other tokens even where their hash ids are the same: a
-# server's prefix cache finds what the trace repeats within a round, and nothing of an earlier turn.
-SEEDS_APART = 1_000_003
-WARM_OUTPUT = 16
+from megatron_sps2.bench.workload import WorkloadConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +28,7 @@ class Schedule:
     num_rounds: int
     workload: WorkloadConfig  # its time_scale is the load's
     arrivals: ArrivalConfig = field(default_factory=ArrivalConfig)
+    max_concurrency: int | None = None
     num_warmups: int = 2  # requests that each server gets before it is measured
     model: str = "compared"
     timeout_s: float = 3600.0
@@ -67,22 +64,37 @@ class Replay:
     load: float
     round: int
     order: Sequence[str]
-    asks: Sequence[Ask]
+    planned: Sequence[Planned]
+    # Of its tokens. No two replays have the same, even where hash ids are: a server's prefix cache finds what
+    # the trace repeats within a round, and nothing of an earlier turn.
+    salt: int
 
 
-def replays(
-    schedule: Schedule, planned: Sequence[Planned], corpus: Sequence[int] | None = None
-) -> Iterator[Replay]:
+def replays(schedule: Schedule, planned: Sequence[Planned]) -> Iterator[Replay]:
     """All of them, loads within rounds."""
     for number, part in enumerate(parts(planned, schedule.num_rounds)):
         for index, load in enumerate(schedule.loads):
-            turn = number * len(schedule.loads) + index
             yield Replay(
                 load=load,
                 round=number,
                 order=rotated(schedule.settings, number + index),
-                asks=_asks(schedule, part, load, turn + 1, corpus),
+                planned=part,
+                salt=number * len(schedule.loads) + index,
             )
+
+
+def session(
+    schedule: Schedule, replay: Replay, base_url: str, corpus: Sequence[int] | None = None
+) -> Session:
+    """What one turn sends."""
+    return Session(
+        endpoint=Endpoint(base_url=base_url, model=schedule.model, timeout_s=schedule.timeout_s),
+        planned=replay.planned,
+        workload=replace(schedule.workload, time_scale=replay.load),
+        arrivals=schedule.arrivals,
+        corpus=corpus,
+        max_concurrency=schedule.max_concurrency,
+    )
 
 
 def parts(planned: Sequence[Planned], count: int) -> list[list[Planned]]:
@@ -113,43 +125,19 @@ def take_turns(
 ) -> Iterator[Turn]:
     """Every turn of the comparison, as it ends. Raises RuntimeError where a server is lost."""
     warm = set[int]()
-    warmups = _warmups(schedule, planned, corpus)
-    for replay in replays(schedule, planned, corpus):
+    for replay in replays(schedule, planned):
         for name in replay.order:
             with fleet.turn(name) as server:
-                endpoint = _endpoint(schedule, server)
+                sent = session(schedule, replay, server.base_url, corpus)
                 if server.process.pid not in warm:  # one server at a time: each is a new one
                     warm.add(server.process.pid)
-                    _warm_up(name, endpoint, warmups)
+                    _warm_up(name, sent, schedule.num_warmups)
                 on_start(replay, name)
-                records = asyncio.run(client.run(replay.asks, endpoint, on_done=on_done))
+                records = asyncio.run(sent.send(replay.salt, on_done))
             yield Turn(load=replay.load, round=replay.round, setting=name, records=records)
 
 
-def _endpoint(schedule: Schedule, server: Server) -> client.Endpoint:
-    return client.Endpoint(base_url=server.base_url, model=schedule.model, timeout_s=schedule.timeout_s)
-
-
-def _asks(
-    schedule: Schedule, part: Sequence[Planned], load: float, stream: int, corpus: Sequence[int] | None
-) -> list[Ask]:
-    times = arrival_times(schedule.arrivals, [each.arrival_s for each in part])
-    timed = [replace(each, arrival_s=time) for each, time in zip(part, times, strict=True)]
-    seed = schedule.workload.seed + stream * SEEDS_APART
-    return build(timed, replace(schedule.workload, time_scale=load, seed=seed), corpus)
-
-
-def _warmups(schedule: Schedule, planned: Sequence[Planned], corpus: Sequence[int] | None) -> list[Ask]:
-    """The longest requests of the trace, shortened answers, one after another."""
-    longest = sorted(planned, key=lambda each: -each.num_prompt_tokens)[: schedule.num_warmups]
-    asks = _asks(schedule, longest, 1.0, 0, corpus) if longest else []
-    return [
-        replace(ask, arrival_s=0.0, num_output_tokens=min(ask.num_output_tokens, WARM_OUTPUT)) for ask in asks
-    ]
-
-
-def _warm_up(name: str, endpoint: client.Endpoint, asks: Sequence[Ask]) -> None:
-    records = asyncio.run(client.run(asks, endpoint, max_concurrency=1)) if asks else []
-    failed = [record.error for record in records if not record.ok]
+def _warm_up(name: str, sent: Session, num_requests: int) -> None:
+    failed = [each.error for each in asyncio.run(sent.warm_up(num_requests)) if not each.ok]
     if failed:
         raise RuntimeError(f"setting {name}: a warm-up request failed: {failed[0]}")

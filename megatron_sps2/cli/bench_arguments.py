@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_sps2.cli.arguments import Commands, add_log_level, command
+from megatron_sps2.cli.bench_compare_arguments import add_rounds, add_servers
 
 TRACE_FORMATS = ("mooncake", "azure", "csv", "synthetic")
 ARRIVALS = ("trace", "poisson", "gamma", "constant", "closed")
@@ -16,19 +17,13 @@ def add_bench(commands: Commands, name: str) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_serve(actions, "serve")
     _add_capacity(actions, "capacity")
+    _add_compare(actions, "compare")
 
 
 def _add_serve(actions: Commands, name: str) -> None:
     parser = command(actions, name, "send a trace's requests at their times, and report what they took")
     _add_common(parser)
-    group = parser.add_argument_group("goodput")
-    group.add_argument(
-        "--goodput",
-        nargs="+",
-        default=[],
-        metavar="NAME:MS",
-        help="count requests within these limits, such as ttft:2000 tpot:100; names are ttft, tpot, e2el",
-    )
+    _add_goodput(parser)
     finish(parser)
 
 
@@ -52,6 +47,31 @@ def _add_capacity(actions: Commands, name: str) -> None:
     group.add_argument("--max-tries", type=int, default=12, metavar="N", help="rates that are tried at most")
     parser.set_defaults(goodput=[])
     finish(parser)
+
+
+def _add_compare(actions: Commands, name: str) -> None:
+    parser = command(
+        actions, name, "replay a trace by several policies and settings in turns; ratios to sarathi"
+    )
+    add_servers(parser)
+    add_trace(parser)
+    _add_arrivals(parser)
+    add_rounds(parser)
+    _add_goodput(parser)
+    _add_output(parser)
+    parser.set_defaults(vocab_size=None)  # the model's
+    finish(parser)
+
+
+def _add_goodput(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("goodput")
+    group.add_argument(
+        "--goodput",
+        nargs="+",
+        default=[],
+        metavar="NAME:MS",
+        help="count requests within these limits, such as ttft:2000 tpot:100; names are ttft, tpot, e2el",
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

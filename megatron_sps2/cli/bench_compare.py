@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from megatron_sps2.bench.client import Served
 from megatron_sps2.bench.compare_tables import sheets
 from megatron_sps2.bench.comparison import Comparison
 from megatron_sps2.bench.fleet import Fleet
@@ -24,11 +25,12 @@ from megatron_sps2.bench.setting import Setting, fitting_layouts, parse_definiti
 from megatron_sps2.bench.summary import parse_slos
 from megatron_sps2.bench.trace import Planned, read_trace
 from megatron_sps2.bench.turns import Replay, Schedule, Turn, parts, take_turns
-from megatron_sps2.bench.workload import WorkloadConfig
+from megatron_sps2.cli.bench_session import arrivals, check_outputs, read_corpus, trace_name, workload_config
 from megatron_sps2.cli.provenance import provenance
 from megatron_sps2.config import ModelConfig, ParallelConfig
 from megatron_sps2.model.manifest import load_model_config
 
+MODEL = "compared"  # its name at every server
 MIN_QUEUE = 256  # sps2 serve's own
 
 
@@ -46,7 +48,8 @@ class Wanted:
 
 def run(args: argparse.Namespace) -> int:
     wanted = prepare(args)
-    corpus = _corpus(args)
+    args.tokenizer = args.tokenizer or (args.checkpoint if args.text else None)
+    corpus = read_corpus(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the servers end with us
     turns, error = list[Turn](), None
     try:
@@ -67,10 +70,12 @@ def prepare(args: argparse.Namespace) -> Wanted:
     """Raises ValueError or OSError for anything that a server or the trace would not bear."""
     model = load_model_config(args.checkpoint)
     settings, left_out = _settings(args, model)
+    check_outputs(args)
     planned = read_trace(args.trace, args.trace_format, args.num_requests, args.seed)
     schedule = _schedule(args, model, settings)
     parts(planned, args.rounds)
-    flags = {each.name: (*_common_flags(args, schedule, len(planned)), *each.serve_flags) for each in settings}
+    common = _common_flags(args, schedule, len(planned))
+    flags = {each.name: (*common, *each.serve_flags) for each in settings}
     return Wanted(
         settings=settings,
         left_out=left_out,
@@ -98,17 +103,15 @@ def _schedule(args: argparse.Namespace, model: ModelConfig, settings: Sequence[S
         raise ValueError(
             f"--max-model-len {args.max_model_len} must lie in 2..{model.max_seq_len}, what the model allows"
         )
-    workload = WorkloadConfig(
-        length_scale=args.length_scale,
-        max_model_len=args.max_model_len or model.max_seq_len,
-        vocab_size=args.vocab_size or model.vocab_size,
-        seed=args.seed,
-    )
+    args.vocab_size = args.vocab_size or model.vocab_size
     return Schedule(
         settings=[each.name for each in settings],
         loads=_loads(args),
         num_rounds=args.rounds,
-        workload=workload,
+        workload=workload_config(args, Served(MODEL, model.max_seq_len)),
+        arrivals=arrivals(args),
+        max_concurrency=args.max_concurrency,
+        model=MODEL,
         num_warmups=args.num_warmups,
         timeout_s=args.request_timeout_s,
     )
@@ -137,18 +140,7 @@ def _common_flags(args: argparse.Namespace, schedule: Schedule, num_requests: in
     )
 
 
-def _corpus(args: argparse.Namespace) -> list[int] | None:
-    if args.text is None:
-        return None
-    from megatron_sps2.engine.tokenizer import load_tokenizer
-
-    text = Path(args.text).read_text(encoding="utf-8")
-    return load_tokenizer(args.tokenizer or args.checkpoint).encode(text)
-
-
-def _measure(
-    args: argparse.Namespace, wanted: Wanted, corpus: list[int] | None, turns: list[Turn]
-) -> None:
+def _measure(args: argparse.Namespace, wanted: Wanted, corpus: list[int] | None, turns: list[Turn]) -> None:
     """Fills `turns`."""
     schedule, console = wanted.schedule, Console(stderr=True)
     total = len(wanted.planned) * len(schedule.settings) * len(schedule.loads)
@@ -173,7 +165,8 @@ def _measure(
 def _said(turn: Turn) -> str:
     """One line of what a turn took."""
     done = [record for record in turn.records if record.ok]
-    text = f"round {turn.round + 1}, x {turn.load:g}, {turn.setting}: {len(done)} of {len(turn.records)} answered"
+    text = f"round {turn.round + 1}, x {turn.load:g}, {turn.setting}: {len(done)} of {len(turn.records)}"
+    text += " answered"
     if not done:
         return text
     ttft, e2e = (sum(times) / len(done) for times in ([r.ttft_s for r in done], [r.e2e_s for r in done]))
@@ -190,7 +183,8 @@ def _facts(args: argparse.Namespace, wanted: Wanted) -> dict[str, Any]:
         "model_id": Path(args.checkpoint).resolve().name,
         "dtype": args.dtype,
         "prompts": f"cut from {Path(args.text).name}" if args.text else "random token ids",
-        "trace": Path(args.trace).name,
+        "trace": trace_name(args),
+        "arrivals": schedule.arrivals.kind,
         "num_prompts": len(wanted.planned),
         "length_scale": args.length_scale,
         "max_model_len": schedule.workload.max_model_len,

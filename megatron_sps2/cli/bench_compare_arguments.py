@@ -1,32 +1,16 @@
-"""The flags of `sps2 bench compare`. Those of the trace are `sps2 bench serve`'s. Imports nothing heavy."""
+"""The flags that `sps2 bench compare` alone has: which servers, which rounds. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import argparse
 
-from megatron_sps2.cli.arguments import Commands, add_checkpoint, command, finish
-from megatron_sps2.cli.bench_arguments import add_arrivals, add_goodput, add_output, add_trace
+from megatron_sps2.cli.arguments import add_checkpoint
 from megatron_sps2.config import DTYPES
 
 SETTINGS = "sps2-csa,sps2-exact,sarathi-512,sarathi-2048,fcfs"
 
 
-def add_compare(actions: Commands, name: str) -> None:
-    parser = command(
-        actions, name, "replay a trace by several policies and settings in turns, and compare them with sarathi"
-    )
-    _add_servers(parser)
-    add_trace(parser)
-    add_arrivals(parser)
-    _add_rounds(parser)
-    add_goodput(parser)
-    add_output(parser)
-    finish(parser)
-    # None: the model's, and the checkpoint's.
-    parser.set_defaults(vocab_size=None)
-
-
-def _add_servers(parser: argparse.ArgumentParser) -> None:
+def add_servers(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("servers")
     add_checkpoint(group, required=True)
     group.add_argument(
@@ -45,7 +29,9 @@ def _add_servers(parser: argparse.ArgumentParser) -> None:
         "repeatable",
     )
     for axis, letter in (("sp", "P"), ("tp", "T")):
-        group.add_argument(f"--{axis}", type=int, default=1, metavar=letter, help=f"{axis} ranks of each server")
+        group.add_argument(
+            f"--{axis}", type=int, default=1, metavar=letter, help=f"{axis} ranks of each server"
+        )
     group.add_argument(
         "--layouts",
         choices=("given", "fit"),
@@ -54,7 +40,10 @@ def _add_servers(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="of all servers")
     group.add_argument(
-        "--kv-cache-gib", type=float, metavar="G", help="KV cache of each rank of all (default: as sps2 serve)"
+        "--kv-cache-gib",
+        type=float,
+        metavar="G",
+        help="KV cache of each rank of all (default: as sps2 serve)",
     )
     group.add_argument(
         "--serve-flags", default="", metavar="'...'", help="more flags of sps2 serve, for all of them"
@@ -66,7 +55,7 @@ def _add_servers(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_rounds(parser: argparse.ArgumentParser) -> None:
+def add_rounds(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("rounds")
     group.add_argument(
         "--rounds",
@@ -82,7 +71,11 @@ def _add_rounds(parser: argparse.ArgumentParser) -> None:
         "--time-scale)",
     )
     group.add_argument(
-        "--num-warmups", type=int, default=2, metavar="N", help="requests to each server before its first turn"
+        "--num-warmups",
+        type=int,
+        default=2,
+        metavar="N",
+        help="requests to each server before its first turn",
     )
     group.add_argument(
         "--request-timeout-s", type=float, default=3600.0, metavar="S", help="a longer request is an error"

@@ -28,8 +28,8 @@ def hardware() -> str:
     """In one line."""
     import psutil
 
-    memory = psutil.virtual_memory().total / GIB
-    return f"{psutil.cpu_count()} cores of {_cpu()}, {memory:.0f} GiB, {platform.system()} {platform.machine()}"
+    memory = f"{psutil.virtual_memory().total / GIB:.0f} GiB"
+    return f"{psutil.cpu_count()} cores of {_cpu()}, {memory}, {platform.system()} {platform.machine()}"
 
 
 def _cpu() -> str:
