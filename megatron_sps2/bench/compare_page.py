@@ -20,8 +20,8 @@ NOTES = (
     "an answer's mean time per token after the first. Response time (E2E): from sending to the last token. "
     "Only requests that were answered whole count in them. All settings replayed the same requests at the "
     "same times, in turns whose order rotates, with nothing beside them. Prefixes repeat within a round as "
-    "the trace has them; other rounds and loads have other tokens, so that no prefix cache knows a prompt from "
-    "an earlier turn. Prompts of CSA use no prefix cache."
+    "the trace has them; other rounds and loads have other tokens, so that no prefix cache knows a prompt "
+    "from an earlier turn. Prompts of CSA use no prefix cache."
 )
 
 
