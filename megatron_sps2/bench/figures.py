@@ -63,7 +63,8 @@ def timeline(records: Sequence[Record]) -> Figure:
             axes.hlines(rows, starts, ends, colors=colour, linewidth=2.5, label=label)
     axes.set(title="Requests", xlabel="seconds after the start", ylabel="request")
     axes.invert_yaxis()
-    axes.legend(loc="lower left")
+    if records:
+        figure.legend(loc="outside lower center", ncols=len(labels))
     return figure
 
 
@@ -97,11 +98,11 @@ def load_curves(
     metrics: Sequence[str] = ("p50_ttft_ms", "p99_ttft_ms", "p99_tpot_ms"),
     limits: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Latency over throughput: one point a load, one line for each name; limits are drawn where given."""
+    """Latency over throughput: one line for each name through its loads in order; limits where given."""
     figure = _figure(5 * len(metrics), 4)
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         for name, summaries in curves.items():
-            points = sorted((s["request_throughput"], s[metric]) for s in summaries if s[metric] is not None)
+            points = [(s["request_throughput"], s[metric]) for s in summaries if s[metric] is not None]
             axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
         if limits and metric in limits:
             axes.axhline(limits[metric], color=_FAILED, linestyle="--", label="limit")

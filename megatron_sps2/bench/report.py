@@ -109,7 +109,12 @@ def document(
     facts: Mapping[str, Any], summary: Mapping[str, Any], records: Sequence[Record]
 ) -> dict[str, Any]:
     """What `vllm bench serve --save-detailed` would write: what was run, then what came of it."""
-    return {"date": datetime.now().strftime("%Y%m%d-%H%M%S"), **facts, **summary, **per_request(records)}
+    return {"date": date(), **facts, **summary, **per_request(records)}
+
+
+def date() -> str:
+    """Now, as vLLM writes it."""
+    return datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_sps2.bench.arrivals import ArrivalConfig
 from megatron_sps2.bench.capacity import SearchConfig, Try, best, missed, parse_limits, search, worst
-from megatron_sps2.bench.report import page, write_json
+from megatron_sps2.bench.report import date, page, write_json
 from megatron_sps2.bench.session import Session
 from megatron_sps2.bench.summary import summarize
 from megatron_sps2.cli.bench_session import bar, facts, make_session, said, warm_up
@@ -85,6 +85,7 @@ def _document(
 ) -> dict[str, Any]:
     good, bad = best(tries), worst(tries)
     return {
+        "date": date(),
         **_facts(args, session),
         "request_rate": good.rate if good else None,
         "too_high_rate": bad.rate if bad else None,
@@ -108,10 +109,11 @@ def _page(
     from megatron_sps2.bench.figures import load_curves
 
     name = session.endpoint.model
+    by_rate = sorted(tries, key=lambda each: each.rate)
     rows = [["requests/s", *limits, "answered/s", "verdict"]]
-    for each in sorted(tries, key=lambda each: each.rate):
+    for each in by_rate:
         values = [_value(each.summary[limit]) for limit in limits]
         answered = f"{each.summary['request_throughput']:.4g}"
         rows.append([f"{each.rate:.4g}", *values, answered, "; ".join(each.missed) or "within the limits"])
-    curves = load_curves({name: [each.summary for each in tries]}, list(limits), limits)
+    curves = load_curves({name: [each.summary for each in by_rate]}, list(limits), limits)
     return page(f"Capacity of {name}", said(_facts(args, session)), [rows], [curves])

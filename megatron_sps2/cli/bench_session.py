@@ -134,7 +134,14 @@ def trace_name(args: argparse.Namespace) -> str:
 
 
 def said(facts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in facts.items() if value not in (None, {}))
+    """In one line."""
+    return ", ".join(f"{name} {_word(value)}" for name, value in facts.items() if value not in (None, {}))
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name}:{_word(each)}" for name, each in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @contextmanager
