@@ -30,7 +30,7 @@ class Comparison:
         self, settings: Sequence[Setting], turns: Sequence[Turn], slos: Mapping[str, float] | None = None
     ) -> None:
         """`slos`: limits of goodput, as in summary.py."""
-        self.settings = [each for each in settings if any(turn.setting == each.name for turn in turns)]
+        self.settings = list(settings)
         self.loads = sorted({turn.load for turn in turns}, reverse=True)  # the lightest first
         self._turns, self._slos = turns, slos
 

@@ -81,6 +81,8 @@ class Fleet(AbstractContextManager["Fleet"]):
             server.check_alive(name)
 
     def __exit__(self, *_: object) -> None:
+        for server in self._running.values():  # all at once, and then each is waited for
+            ask_to_end(server.process)
         self._stack.close()
 
     @contextmanager
@@ -120,6 +122,12 @@ def last_lines(log: Path, count: int = LAST_LINES) -> str:
     return "\n".join(f"    {line}" for line in lines) or "    (empty)"
 
 
+def ask_to_end(process: subprocess.Popen[bytes]) -> None:
+    """A server that is asked twice ends the same."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+
+
 def end_family(process: subprocess.Popen[bytes]) -> None:
     """Ends a server and whatever it started: asked first, killed if it stays."""
     import psutil
@@ -128,13 +136,12 @@ def end_family(process: subprocess.Popen[bytes]) -> None:
         family = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         family = []
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(DRAIN_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    ask_to_end(process)
+    try:
+        process.wait(DRAIN_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
     for child in family:
         if child.is_running():
             child.kill()

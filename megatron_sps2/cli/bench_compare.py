@@ -51,18 +51,18 @@ def run(args: argparse.Namespace) -> int:
     args.tokenizer = args.tokenizer or (args.checkpoint if args.text else None)
     corpus = read_corpus(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the servers end with us
-    turns, error = list[Turn](), None
+    turns, cut = list[Turn](), None
     try:
         _measure(args, wanted, corpus, turns)
-    except RuntimeError as found:  # a server was lost: what was measured before stays
+    except (RuntimeError, KeyboardInterrupt, SystemExit) as error:  # a server was lost, or we are to end
         if not turns:
             raise
-        error = found
+        cut = error
     comparison = Comparison(wanted.settings, turns, wanted.slos)
-    results = {**_facts(args, wanted), "error": str(error or ""), **comparison.to_json()}
+    results = {**_facts(args, wanted), "error": repr(cut) if cut else "", **comparison.to_json()}
     _show(args, comparison, results)
-    if error:
-        raise error
+    if cut:  # what was measured before it is there
+        raise cut
     return 0
 
 
@@ -159,7 +159,7 @@ def _measure(args: argparse.Namespace, wanted: Wanted, corpus: list[int] | None,
 
         for turn in take_turns(fleet, schedule, wanted.planned, corpus, on_start, on_done):
             turns.append(turn)
-            console.print(_said(turn), highlight=False)
+            console.print(_said(turn), highlight=False, soft_wrap=True)
 
 
 def _said(turn: Turn) -> str:
@@ -209,6 +209,6 @@ def _show(args: argparse.Namespace, comparison: Comparison, results: dict[str, A
     console = Console()
     for sheet in sheets(results):
         console.print(table(sheet.lines, sheet.title))
-        console.print(sheet.note, style="dim", highlight=False)
+        console.print(sheet.note, style="dim", highlight=False, soft_wrap=True)
     for name, reason in results["left_out"].items():
-        console.print(f"left out: {name}: {reason}", highlight=False)
+        console.print(f"left out: {name}: {reason}", highlight=False, soft_wrap=True)
