@@ -92,7 +92,7 @@ def _ratios(results: Results, load: float) -> list[Sheet]:
     sheet = Sheet(
         title=f"Times better than {found['best']}, arrival times x {load:g}",
         note=f"{found['best']} has the lowest mean response time of the sarathi settings here; "
-        "in brackets least and most over the rounds",
+        "in brackets the least and the most of single rounds",
         columns=["", *names],
         rows=rows,
     )

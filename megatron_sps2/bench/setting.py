@@ -93,12 +93,13 @@ def fitting_layouts(world_size: int, model: ModelConfig) -> tuple[list[ParallelC
 
 
 def spread(settings: Sequence[Setting], layouts: Sequence[ParallelConfig]) -> list[Setting]:
-    """Each setting on every layout; one that names its layout stays as it is."""
-    spread_out = list[Setting]()
+    """Each setting on every layout; one that names its layout stays as it is, and its own keeps its name."""
+    found = dict[str, Setting]()
     for setting in settings:
-        grown = [setting] if "@" in setting.name else [setting.at(layout) for layout in layouts]
-        spread_out += [each for each in grown if each.name not in {one.name for one in spread_out}]
-    return spread_out
+        others = [] if "@" in setting.name else [each for each in layouts if each != setting.parallel]
+        for each in (setting, *map(setting.at, others)):
+            found.setdefault(each.name, each)
+    return list(found.values())
 
 
 def _setting(name: str, parallel: ParallelConfig, defined: Mapping[str, str]) -> Setting:

@@ -50,7 +50,6 @@ def run(args: argparse.Namespace) -> int:
     wanted = prepare(args)
     args.tokenizer = args.tokenizer or (args.checkpoint if args.text else None)
     corpus = read_corpus(args)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the servers end with us
     turns, cut = list[Turn](), None
     try:
         _measure(args, wanted, corpus, turns)
@@ -142,6 +141,7 @@ def _common_flags(args: argparse.Namespace, schedule: Schedule, num_requests: in
 
 def _measure(args: argparse.Namespace, wanted: Wanted, corpus: list[int] | None, turns: list[Turn]) -> None:
     """Fills `turns`."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the servers end with us
     schedule, console = wanted.schedule, Console(stderr=True)
     total = len(wanted.planned) * len(schedule.settings) * len(schedule.loads)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
