@@ -126,6 +126,7 @@ def test_capacity_tries_rates_until_it_knows(server: Server, folder: Path) -> No
         (("--model", "huge"), "model 'huge' is not served at"),
         (("--text", "x"), "--text FILE and --tokenizer CHECKPOINT belong together"),
         (("--arrivals", "closed"), "give --max-concurrency"),
+        (("--num-warmups", "-1"), "--num-warmups -1 must be 0"),
         (("--json", "nowhere/out.json"), "the folder of --json, does not exist"),
     ],
 )
