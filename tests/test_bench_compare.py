@@ -16,6 +16,7 @@ from megatron_sps2.bench.trace import Planned
 from megatron_sps2.bench.turns import Schedule, parts, replays, rotated, session
 from megatron_sps2.bench.workload import WorkloadConfig
 from megatron_sps2.cli.main import parse_args
+from megatron_sps2.config import ParallelConfig
 from tests.compared import NAMES, SP2, model
 
 # Settings
@@ -83,6 +84,8 @@ def test_settings_spread_over_layouts_unless_they_name_one() -> None:
         "fcfs@sp1tp2",
     ]
     assert found[-1].serve_flags[:4] == ("--sp", "1", "--tp", "2")
+    only_sp = spread(parse_settings("fcfs", ParallelConfig(sp_size=1, tp_size=2)), [SP2])
+    assert [each.name for each in only_sp] == ["fcfs@sp2tp1"]
 
 
 # Turns

@@ -69,14 +69,21 @@ def _speed(results: Results, load: float) -> Sheet:
         ("busy", lambda one: _number(one["prefill_throughput_busy"])),
         ("decode tok/s", lambda one: _number(one["decode_throughput"])),
         ("busy", lambda one: _number(one["decode_throughput_busy"])),
+        ("cached", _cached),
         ("failed", lambda one: str(one["failed"])),
     ]
     return Sheet(
         title=f"Arrival times x {load:g}",
-        note="busy: of the time in which a prompt waited for its first token, or an answer for its last",
+        note="busy: of the time in which a prompt waited for its first token, or an answer for its last; "
+        "cached: prompt tokens found in the prefix cache",
         columns=["setting", *(title for title, _ in cells)],
         rows=[[one["setting"], *(cell(one) for _, cell in cells)] for one in _of(results, load)],
     )
+
+
+def _cached(one: Results) -> str:
+    """Of the prompts' tokens."""
+    return _share(one["total_cached_tokens"] / one["total_input_tokens"] if one["completed"] else None)
 
 
 def _ratios(results: Results, load: float) -> list[Sheet]:

@@ -96,8 +96,11 @@ def spread(settings: Sequence[Setting], layouts: Sequence[ParallelConfig]) -> li
     """Each setting on every layout; one that names its layout stays as it is, and its own keeps its name."""
     found = dict[str, Setting]()
     for setting in settings:
-        others = [] if "@" in setting.name else [each for each in layouts if each != setting.parallel]
-        for each in (setting, *map(setting.at, others)):
+        if "@" in setting.name:
+            found.setdefault(setting.name, setting)
+            continue
+        for layout in layouts:
+            each = setting if layout == setting.parallel else setting.at(layout)
             found.setdefault(each.name, each)
     return list(found.values())
 

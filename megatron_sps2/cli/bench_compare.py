@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -31,6 +32,7 @@ from megatron_sps2.config import ModelConfig, ParallelConfig
 from megatron_sps2.model.manifest import load_model_config
 
 MODEL = "compared"  # its name at every server
+WIDTH = 160  # of tables that go to a file
 MIN_QUEUE = 256  # sps2 serve's own
 
 
@@ -50,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = prepare(args)
     args.tokenizer = args.tokenizer or (args.checkpoint if args.text else None)
     corpus = read_corpus(args)
+    facts = _facts(args, wanted)
     turns, cut = list[Turn](), None
     try:
         _measure(args, wanted, corpus, turns)
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             raise
         cut = error
     comparison = Comparison(wanted.settings, turns, wanted.slos)
-    results = {**_facts(args, wanted), "error": repr(cut) if cut else "", **comparison.to_json()}
+    results = {**facts, "error": repr(cut) if cut else "", **comparison.to_json()}
     _show(args, comparison, results)
     if cut:  # what was measured before it is there
         raise cut
@@ -178,7 +181,7 @@ def _facts(args: argparse.Namespace, wanted: Wanted) -> dict[str, Any]:
     schedule = wanted.schedule
     return {
         "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
-        "command": shlex.join(["sps2", *sys.argv[1:]]),
+        "command": _line(("sps2", *sys.argv[1:])),
         **provenance(),
         "model_id": Path(args.checkpoint).resolve().name,
         "dtype": args.dtype,
@@ -193,9 +196,14 @@ def _facts(args: argparse.Namespace, wanted: Wanted) -> dict[str, Any]:
         "num_warmups": schedule.num_warmups,
         "one_at_a_time": args.one_at_a_time,
         "loads": sorted(schedule.loads, reverse=True),
-        "settings": {each.name: shlex.join(wanted.flags[each.name]) for each in wanted.settings},
+        "settings": {each.name: _line(wanted.flags[each.name]) for each in wanted.settings},
         "left_out": wanted.left_out,
     }
+
+
+def _line(words: Sequence[str]) -> str:
+    """A command. Of a path its last part, as the result is read on other machines."""
+    return shlex.join(Path(word).name if os.sep in word and word[0] != "-" else word for word in words)
 
 
 def _show(args: argparse.Namespace, comparison: Comparison, results: dict[str, Any]) -> None:
@@ -206,7 +214,7 @@ def _show(args: argparse.Namespace, comparison: Comparison, results: dict[str, A
         from megatron_sps2.bench.compare_page import comparison_page
 
         Path(args.html).write_text(comparison_page(comparison, results), encoding="utf-8")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for sheet in sheets(results):
         console.print(table(sheet.lines, sheet.title))
         console.print(sheet.note, style="dim", highlight=False, soft_wrap=True)
