@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from megatron_sps2.bench.fleet import Fleet
+from megatron_sps2.bench.fleet import Fleet, Server
 from megatron_sps2.bench.turns import Turn
 from megatron_sps2.cli import bench_compare
 from megatron_sps2.cli.bench_compare import prepare
@@ -22,6 +23,16 @@ def test_a_server_that_does_not_start_is_named_with_the_end_of_its_log(tmp_path:
         pytest.raises(RuntimeError, match="setting sps2-csa did not start.*exit code 2.*\n.*does not exist"),
     ):
         fleet.start()
+
+
+def test_a_server_that_has_ended_is_named_with_the_end_of_its_log(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("first\n" * 20 + "rank 1 was killed\n")
+    process = subprocess.Popen(("false",))
+    process.wait()
+    server = Server(process, "http://127.0.0.1:9", tmp_path / "log")
+    with pytest.raises(RuntimeError, match="setting fcfs was lost.*exit code 1.*\n") as caught:
+        server.check_alive("fcfs")
+    assert str(caught.value).endswith("rank 1 was killed") and str(caught.value).count("first") == 14
 
 
 def compare_args(folder: Path, *more: object) -> argparse.Namespace:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 START_S = 600.0
 DRAIN_S = 60.0
+WELL_S = 15.0  # a busy machine's server may be late to say that it is well
 LAST_LINES = 15
 COMMAND = (sys.executable, "-m", "megatron_sps2", "serve")
 
@@ -43,11 +44,18 @@ class Server:
             return 0, str(error)
 
     def check_alive(self, name: str) -> None:
-        """Raises RuntimeError with the log's last lines where the server has ended."""
-        if self.process.poll() is not None:
+        """Raises RuntimeError with the log's last lines where the server has ended, or lost its ranks."""
+        deadline = time.monotonic() + WELL_S
+        while (found := self.get("/health"))[0] != 200:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        status, said = found
+        if status != 200:
+            code = self.process.poll()
+            state = f"answers {status}: {said}" if code is None else f"ended with exit code {code}"
             raise RuntimeError(
-                f"the server of setting {name} ended with exit code {self.process.returncode}; its log "
-                f"ends:\n{last_lines(self.log)}"
+                f"the server of setting {name} was lost: it {state}; its log ends:\n{last_lines(self.log)}"
             )
 
 
