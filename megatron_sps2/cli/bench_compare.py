@@ -7,7 +7,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megatron_sps2.bench.client import Served
+from megatron_sps2.bench.compare_page import NOTES, comparison_page
 from megatron_sps2.bench.compare_tables import sheets
 from megatron_sps2.bench.comparison import Comparison
 from megatron_sps2.bench.fleet import Fleet
@@ -55,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     facts = _facts(args, wanted)
     turns, cut = list[Turn](), None
     try:
-        _measure(args, wanted, corpus, turns)
+        with _ending_servers():
+            _measure(args, wanted, corpus, turns)
     except (RuntimeError, KeyboardInterrupt, SystemExit) as error:  # a server was lost, or we are to end
         if not turns:
             raise
@@ -144,7 +147,6 @@ def _common_flags(args: argparse.Namespace, schedule: Schedule, num_requests: in
 
 def _measure(args: argparse.Namespace, wanted: Wanted, corpus: list[int] | None, turns: list[Turn]) -> None:
     """Fills `turns`."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the servers end with us
     schedule, console = wanted.schedule, Console(stderr=True)
     total = len(wanted.planned) * len(schedule.settings) * len(schedule.loads)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -163,6 +165,16 @@ def _measure(args: argparse.Namespace, wanted: Wanted, corpus: list[int] | None,
         for turn in take_turns(fleet, schedule, wanted.planned, corpus, on_start, on_done):
             turns.append(turn)
             console.print(_said(turn), highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _ending_servers() -> Iterator[None]:
+    """SIGTERM leaves by the way of an exception, so that the servers end with us."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _said(turn: Turn) -> str:
@@ -198,6 +210,7 @@ def _facts(args: argparse.Namespace, wanted: Wanted) -> dict[str, Any]:
         "loads": sorted(schedule.loads, reverse=True),
         "settings": {each.name: _line(wanted.flags[each.name]) for each in wanted.settings},
         "left_out": wanted.left_out,
+        "notes": NOTES,
     }
 
 
@@ -211,8 +224,6 @@ def _show(args: argparse.Namespace, comparison: Comparison, results: dict[str, A
     if args.json:
         write_json(args.json, results)
     if args.html:
-        from megatron_sps2.bench.compare_page import comparison_page
-
         Path(args.html).write_text(comparison_page(comparison, results), encoding="utf-8")
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for sheet in sheets(results):
