@@ -75,7 +75,7 @@ def test_what_cannot_be_compared_is_refused_before_a_server_starts(
 
 
 def test_a_run_that_loses_a_server_keeps_the_rounds_before_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def lose(args: object, wanted: object, corpus: object, turns: list[Turn]) -> None:
         turns += [turn(name, 0, 1.0, "abc") for name in ("sps2-exact", "fcfs")]
@@ -86,7 +86,7 @@ def test_a_run_that_loses_a_server_keeps_the_rounds_before_it(
     with pytest.raises(RuntimeError, match="setting fcfs ended"):
         bench_compare.run(compare_args(tmp_path, *more))
     found = json.loads((tmp_path / "out.json").read_text())
-    assert "setting fcfs ended" in found["error"]
+    assert "setting fcfs ended" in found["error"] and "cut short by" in capsys.readouterr().out
     assert [each["completed"] for each in found["results"]] == [1, 1]
 
 

@@ -229,5 +229,8 @@ def _show(args: argparse.Namespace, comparison: Comparison, results: dict[str, A
     for sheet in sheets(results):
         console.print(table(sheet.lines, sheet.title))
         console.print(sheet.note, style="dim", highlight=False, soft_wrap=True)
+    if results["error"]:
+        text = f"cut short by {results['error']}: rounds that a setting did not finish are left out"
+        console.print(text, highlight=False, soft_wrap=True)
     for name, reason in results["left_out"].items():
         console.print(f"left out: {name}: {reason}", highlight=False, soft_wrap=True)
