@@ -45,6 +45,7 @@ def test_floors_import_downward() -> None:
             "import megatron_sps2.engine",
             "Floors import strictly downward",
         ),
+        ("megatron_sps2/bench/trace.py", "import megatron_sps2.engine", "bench knows endpoints"),
         ("checkpoints_tools/__init__.py", "import megatron_sps2.attention", "config and model only"),
         ("checkpoints_tools/__init__.py", "import megatron_sps2.engine", "never reaches the engine"),
         ("megatron_sps2/model/__init__.py", "import checkpoints_tools", "knows the converters"),
@@ -83,7 +84,9 @@ def test_launch_scripts_stop_at_the_first_error(path: Path) -> None:
     assert subprocess.run(("bash", "-n", str(path)), timeout=20).returncode == 0
 
 
-@pytest.mark.parametrize("module", ["engine.scheduler", "engine.policies", "cli.serve", "server.protocol"])
+@pytest.mark.parametrize(
+    "module", ["engine.scheduler", "engine.policies", "cli.serve", "cli.bench", "server.protocol"]
+)
 def test_who_plans_and_who_watches_needs_no_torch(module: str) -> None:
     code = f"import megatron_sps2.{module}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run((sys.executable, "-c", code), cwd=ROOT, timeout=60).returncode == 0
