@@ -40,7 +40,14 @@ class Asked:
     def __init__(self, peer: Peer, flags: list[str], log: Path, num_ranks: int) -> None:
         if reason := peer.missing():
             raise PeerAbsent(reason)
-        command = [str(peer.python), "-m", f"benchmarks.peers.{peer.module}", "--setting", peer.setting, *flags]
+        command = [
+            str(peer.python),
+            "-m",
+            peer.module,
+            "--setting",
+            peer.setting,
+            *flags,
+        ]
         self._log = log.open("a")
         self._process = subprocess.Popen(
             command,
@@ -51,10 +58,14 @@ class Asked:
             stderr=self._log,
             start_new_session=True,
         )
-        self.what: str = self._read(START_LIMIT_S)["ready"]
+        try:
+            self.what: str = self._read(START_LIMIT_S)["ready"]
+        except PeerAbsent:
+            self.close()
+            raise
 
     def ask(self, request: dict[str, Any], limit_s: float) -> Measured:
-        """Raises PeerAbsent with the reason when the peer cannot, ended, or took longer; then it is closed."""
+        """Raises PeerAbsent with the reason when the peer cannot, ended, or took longer; then it is over."""
         busy, own, start = _busy_seconds(), self._own_seconds(), time.perf_counter()
         assert self._process.stdin
         try:
@@ -104,11 +115,10 @@ class Asked:
 
 
 def _environ(peer: Peer, num_ranks: int) -> dict[str, str]:
-    """Threads for a peer of one process; drivers with ranks give each rank one. Waiting threads sleep."""
-    by_ranks = peer.module in ("sps2_driver", "megatron_tp_driver", "attention_driver")
+    """Threads for a peer of one process; a driver with ranks gives each rank one."""
     return os.environ | {
         "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1" if by_ranks else str(num_ranks),
+        "OMP_NUM_THREADS": "1" if peer.has_ranks else str(num_ranks),
         "TOKENIZERS_PARALLELISM": "false",
         "CUDA_VISIBLE_DEVICES": "",
     }

@@ -51,7 +51,7 @@ def gguf_name(name: str) -> str:
 
 
 def interleave(weight: Tensor, num_heads: int) -> Tensor:
-    """[n d, h] whose halves of d turn together -> [n d, h] whose neighbours do, as llama.cpp's rotary wants."""
+    """[n d, h]: halves of d turn together -> neighbours do, as in llama.cpp's rotary."""
     return weight.view(num_heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 

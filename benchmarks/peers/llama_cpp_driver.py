@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python's C functions, from a GGUF file in bf16; KV cache in f16, its default."""
+"""llama.cpp by the C functions of llama-cpp-python: a GGUF file in bf16; KV cache in f16, its default."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ class LlamaCpp(Driver):
         """Runs a whole prompt -> its first token."""
         for begin in range(0, len(ids), BATCH):
             part = ids[begin : begin + BATCH]
-            rows = [
-                (token, begin + i, sequence, begin + i == len(ids) - 1) for i, token in enumerate(part)
-            ]
+            rows = [(token, begin + i, sequence, begin + i == len(ids) - 1) for i, token in enumerate(part)]
             self._run(context, rows)
         return self._likeliest(context, -1)
 

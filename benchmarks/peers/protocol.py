@@ -28,7 +28,7 @@ class Driver:
         raise NotImplementedError("this peer has no prefill")
 
     def decode(self, prompts: list[list[int]], num_tokens: int) -> Answer:
-        """Seconds for num_tokens more tokens of every prompt once all have their first, and the first ones."""
+        """Seconds for num_tokens more tokens of all prompts once each has its first, and the first ones."""
         raise NotImplementedError("this peer has no decode on CPU")
 
     def attention(self, num_tokens: int) -> Answer:

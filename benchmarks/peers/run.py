@@ -1,4 +1,4 @@
-"""All peers and ours on one model and the same prompts, taking turns in one run: python -m benchmarks.peers.run
+"""All peers and ours on one model and the same prompts, in turns: python -m benchmarks.peers.run
 
 A peer that is not installed, breaks or takes too long is named with the reason; the others go on.
 """
@@ -200,7 +200,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2, help="of each peer, or ranks of one thread")
     parser.add_argument("--limit-s", type=float, default=400.0, help="of one request")
-    parser.add_argument("--reference-length", type=int, default=4096, help="longest prompt compared with fp32")
+    parser.add_argument(
+        "--reference-length", type=int, default=4096, help="longest prompt compared with fp32"
+    )
     parser.add_argument("--one-at-a-time", action="store_true", help="for little memory: one driver alive")
     parser.add_argument("--logs", help="folder to keep the drivers' own output in")
     parser.add_argument("--json", help="file to write")

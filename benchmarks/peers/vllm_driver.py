@@ -1,4 +1,4 @@
-"""vLLM's CPU build, its engine in this process. --setting: whole or chunked prompts, then eager or compiled."""
+"""vLLM on CPU, its engine in this process. --setting: whole or chunked prompts; eager, or compiled."""
 
 from __future__ import annotations
 
