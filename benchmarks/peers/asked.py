@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -109,9 +110,15 @@ class Asked:
 
     def _own_seconds(self) -> float:
         """CPU seconds of the driver and the processes under it."""
-        root = psutil.Process(self._process.pid)
-        times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
-        return sum(each.user + each.system for each in times)
+        total = 0.0
+        # Helpers of a compiler come and go; one that just went is not counted.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self._process.pid)
+            for process in (root, *root.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    times = process.cpu_times()
+                    total += times.user + times.system
+        return total
 
 
 def _environ(peer: Peer, num_ranks: int) -> dict[str, str]:

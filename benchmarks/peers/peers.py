@@ -41,8 +41,8 @@ MODEL_PEERS = {
     "sps2_exact": Peer(f"{HERE}.sps2_driver", "exact", form="megatron", has_ranks=True, is_ours=True),
     "sps2_csa": Peer(f"{HERE}.sps2_driver", "csa", form="megatron", has_ranks=True, is_ours=True),
     "transformers": Peer(f"{HERE}.transformers_driver"),
-    "vllm": Peer(f"{HERE}.vllm_driver", "whole", "vllm"),
-    "vllm_chunked": Peer(f"{HERE}.vllm_driver", "chunked", "vllm"),
+    "vllm": Peer(f"{HERE}.vllm_driver", "whole-compiled", "vllm"),
+    "vllm_chunked": Peer(f"{HERE}.vllm_driver", "chunked-compiled", "vllm"),
     "llama_cpp": Peer(f"{HERE}.llama_cpp_driver", environment="llama_cpp", form="gguf"),
     "megatron_tp": Peer(f"{HERE}.megatron_tp_driver", form="megatron", has_ranks=True),
 }
