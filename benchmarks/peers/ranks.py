@@ -58,7 +58,7 @@ def _join(rank: int, size: int, store: str) -> None:
 
 
 def _bind(rank: int, size: int) -> None:
-    """A rank keeps cores of its own, as our launchers and vLLM's CPU build do; needs Linux and enough cores."""
+    """A rank keeps cores of its own, as our launchers and vLLM on CPU do; needs Linux and enough cores."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if share := len(cores) // size:
         os.sched_setaffinity(0, cores[rank * share : (rank + 1) * share])
