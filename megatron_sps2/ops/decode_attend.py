@@ -1,6 +1,6 @@
 """Attention of a few queries over many keys, read where they lie: bound by memory. Knows tensors only.
 
-Only the matmuls go head by head; the rest is done for all heads at once, as each call costs microseconds.
+All heads share each call, as a call costs microseconds; what a head gives does not depend on the others.
 """
 
 from __future__ import annotations
