@@ -65,6 +65,6 @@ def check_lengths(planned: Sequence[Planned], longest: int) -> None:
     for number, each in enumerate(planned):
         if (wanted := each.num_prompt_tokens + each.num_output_tokens) > longest:
             raise ValueError(
-                f"request {number} has {each.num_prompt_tokens} + {each.num_output_tokens} = {wanted} tokens, "
-                f"more than {longest}; raise --max-model-len or lower --length-scale"
+                f"request {number} has {each.num_prompt_tokens} + {each.num_output_tokens} = {wanted} "
+                f"tokens, more than {longest}; raise --max-model-len or lower --length-scale"
             )

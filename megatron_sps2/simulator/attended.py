@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from megatron_sps2.csa_setting import PROBE_COST, CsaSetting
 
-# Of the keys before sinks and window, the share that an adaptive setting keeps: 2.1% were measured on SmolLM2 at
-# 8,000 tokens (benchmarks/RESULTS.md), and 3% stand in its table of speeds.
+# Of the keys before sinks and window, the share that an adaptive setting keeps: 2.1% were measured on SmolLM2
+# at 8,000 tokens (benchmarks/RESULTS.md), and 3% stand in its table of speeds.
 BEYOND_WINDOW = 0.03
 
 

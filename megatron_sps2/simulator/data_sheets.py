@@ -53,8 +53,8 @@ class Sheet:
         )
 
 
-# NVIDIA's data sheets of H100 SXM, H200 SXM and A100 80GB SXM, dense; nodes are those of DGX: NDR InfiniBand of
-# 400 Gbit/s to each GPU beside Hopper, HDR of 200 Gbit/s beside A100.
+# NVIDIA's data sheets of H100 SXM, H200 SXM and A100 80GB SXM, dense; nodes are those of DGX: NDR InfiniBand
+# of 400 Gbit/s to each GPU beside Hopper, HDR of 200 Gbit/s beside A100.
 SHEETS = {
     sheet.name: sheet
     for sheet in (

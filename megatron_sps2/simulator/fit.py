@@ -60,7 +60,9 @@ def fit(observations: Sequence[Observation]) -> Fit:
     rows = np.array([[columns(each.work)[name] for name in names] for each in observations], dtype=float)
     seconds = np.array([each.seconds for each in observations])
     if len(rows) < 2 * len(names):
-        raise ValueError(f"{len(rows)} measured steps are too few to fit {len(names)} prices; raise --budget-s")
+        raise ValueError(
+            f"{len(rows)} measured steps are too few to fit {len(names)} prices; raise --budget-s"
+        )
     relative = rows / seconds[:, None]
     scale = relative.max(axis=0)
     used = scale > 0
@@ -127,9 +129,7 @@ def as_profile(
     price = found.price
     rate = {kind: min(FREE_RATE, 1 / price[kind]) if price[kind] else FREE_RATE for kind in (*RATES, *LINKS)}
     link = Link(bandwidth=rate["intra_bytes"], latency_s=price["intra_rounds"])
-    errors = {
-        key: getattr(found, key) for key in ("num_steps", "median_error", "p90_error", "bias")
-    }
+    errors = {key: getattr(found, key) for key in ("num_steps", "median_error", "p90_error", "bias")}
     return DeviceProfile(
         name=name,
         source=source,

@@ -1,4 +1,4 @@
-"""Runs the real engine and notes what its steps take: a trace as it comes, or a walk over lengths and batches.
+"""Runs the real engine and notes what its steps take: a trace as it comes, a walk over lengths and batches.
 
 On the rank that schedules; the others follow.
 """
@@ -52,7 +52,9 @@ def replay(engine: Engine, planned: Sequence[Planned], log: StepLog, seed: int =
     prompts = [_prompt(rng, engine, each.num_prompt_tokens) for each in planned]
     requests: list[Request] = []
     while len(requests) < len(planned) or engine.has_work:
-        while len(requests) < len(planned) and planned[len(requests)].arrival_s <= time.perf_counter() - start:
+        while (
+            len(requests) < len(planned) and planned[len(requests)].arrival_s <= time.perf_counter() - start
+        ):
             one = planned[len(requests)]
             request = engine.add_request(prompts[len(requests)], _answer(one.num_output_tokens))
             request.arrived_at = start + one.arrival_s
@@ -97,7 +99,7 @@ def walk(
 
 
 def lengths(longest: int, rng: np.random.Generator) -> Iterator[int]:
-    """64, then doubling twice over, each a little off: a length that was never seen costs more, as in life."""
+    """64 and its doubles, twice over, each a little off: a length that is new costs more, as in life."""
     sizes, size = list[int](), 64
     while size < longest:
         sizes.append(size)
