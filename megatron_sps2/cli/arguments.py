@@ -351,16 +351,16 @@ def finish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="TOML file of these flags, such as sp = 2; the command line wins"
     )
-    _add_log_level(parser)
+    add_log_level(parser)
 
 
 def _finish_alone(parser: argparse.ArgumentParser) -> None:
     """Of a command that measures on one rank of the CPU."""
-    _add_log_level(parser)
+    add_log_level(parser)
     parser.set_defaults(sp=1, tp=1, device="cpu", **ALONE)
 
 
-def _add_log_level(parser: argparse.ArgumentParser) -> None:
+def add_log_level(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="on stderr"
     )

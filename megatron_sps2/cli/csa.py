@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_sps2.cli.text import check_text, token_ids
 from megatron_sps2.cli.world import in_world
 from megatron_sps2.csa_setting import (
     CALIBRATION_NAME,
@@ -48,7 +49,7 @@ def _check_calibrate(args: argparse.Namespace) -> None:
     model, base = read_manifest(args.checkpoint).model, _base(args)
     base.check_model(model, "")
     check_length(base, args.tokens, model)
-    _check_text(args)
+    check_text(args.text)
     if args.samples is not None and args.samples < 1:
         raise ValueError(f"--samples {args.samples} must be at least 1")
     out = _calibration_file(args)
@@ -75,7 +76,9 @@ def _calibrate(args: argparse.Namespace) -> int:
     from megatron_sps2.engine.trial import Trial
     from megatron_sps2.parallel.collectives import from_first_rank
 
-    samples = from_first_rank(lambda: cut_samples(_token_ids(args), args.tokens, args.samples))
+    samples = from_first_rank(
+        lambda: cut_samples(token_ids(args.text, args.checkpoint), args.tokens, args.samples)
+    )
     trial = Trial.load(args.checkpoint)
     with _progress() as progress:
         task = progress.add_task("layers", total=len(samples) * trial.model.num_layers)
@@ -86,20 +89,20 @@ def _calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
-def cut_samples(token_ids: list[int], num_tokens: int, num_samples: int | None) -> list[list[int]]:
+def cut_samples(ids: list[int], num_tokens: int, num_samples: int | None) -> list[list[int]]:
     """Pieces of num_tokens ids, evenly spread over the text, none overlapping; None: as many as fit, to 4.
 
     Raises ValueError for a text that is too short.
     """
-    fitting = len(token_ids) // num_tokens
+    fitting = len(ids) // num_tokens
     wanted = min(fitting, MAX_SAMPLES) if num_samples is None else num_samples
     if not 0 < wanted <= fitting:
         raise ValueError(
-            f"the text has {len(token_ids)} tokens, too short for {max(1, wanted)} samples of {num_tokens}; "
+            f"the text has {len(ids)} tokens, too short for {max(1, wanted)} samples of {num_tokens}; "
             "give a longer text or ask for fewer"
         )
-    step = len(token_ids) // wanted
-    return [token_ids[start : start + num_tokens] for start in range(0, wanted * step, step)]
+    step = len(ids) // wanted
+    return [ids[start : start + num_tokens] for start in range(0, wanted * step, step)]
 
 
 def _print_calibration(found: Calibration, args: argparse.Namespace, num_samples: int) -> None:
@@ -142,7 +145,7 @@ def _check_report(args: argparse.Namespace) -> None:
             f"--tokens {args.tokens} and a continuation of {NUM_CONTINUATION} are more than the model's "
             f"{manifest.model.max_seq_len}"
         )
-    _check_text(args)
+    check_text(args.text)
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise FileExistsError(f"--out {args.out} is a file; give a folder")
 
@@ -173,7 +176,7 @@ def _report(args: argparse.Namespace) -> int:
     from megatron_sps2.parallel.collectives import from_first_rank
 
     num_ids = args.tokens + NUM_CONTINUATION
-    [token_ids] = from_first_rank(lambda: cut_samples(_token_ids(args), num_ids, 1))
+    [ids] = from_first_rank(lambda: cut_samples(token_ids(args.text, args.checkpoint), num_ids, 1))
     settings = _settings(args)
     trial = Trial.load(args.checkpoint)
     with _progress() as progress:
@@ -182,7 +185,7 @@ def _report(args: argparse.Namespace) -> int:
         def start(name: str) -> None:
             progress.update(task, description=name, advance=0 if name == "exact" else 1)
 
-        found = compare(trial, token_ids, args.tokens, settings, args.num_ranks, start)
+        found = compare(trial, ids, args.tokens, settings, args.num_ranks, start)
         progress.advance(task)
     facts = Facts(
         checkpoint=Path(args.checkpoint).resolve().name,
@@ -215,24 +218,6 @@ def _print_trade_off(found: TradeOff, page: Path) -> None:
 
 
 # both
-
-
-def _check_text(args: argparse.Namespace) -> None:
-    if not Path(args.text).is_file():
-        raise FileNotFoundError(f"--text {args.text} is not a file; give a UTF-8 text")
-
-
-def _token_ids(args: argparse.Namespace) -> list[int]:
-    """Of the text. Raises OSError or ValueError for a file that cannot be read."""
-    from megatron_sps2.engine.tokenizer import load_tokenizer
-
-    try:
-        text = Path(args.text).read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{args.text} is not UTF-8 text ({error}); --text takes a plain text file"
-        ) from error
-    return load_tokenizer(args.checkpoint).encode(text)
 
 
 def _progress() -> Progress:

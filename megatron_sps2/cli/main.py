@@ -12,7 +12,13 @@ import sys
 from collections.abc import Sequence
 
 from megatron_sps2 import __version__
-from megatron_sps2.cli import arguments, checkpoint_arguments, doctor_arguments, serve_arguments
+from megatron_sps2.cli import (
+    arguments,
+    bench_arguments,
+    checkpoint_arguments,
+    doctor_arguments,
+    serve_arguments,
+)
 from megatron_sps2.cli.config_file import insert_config
 from megatron_sps2.cli.process import INTERRUPTED, leave, report, set_logging
 from megatron_sps2.parallel.rank_env import launched_rank
@@ -28,6 +34,7 @@ COMMANDS = {
     "inspect": checkpoint_arguments.add_inspect,
     "doctor": doctor_arguments.add_doctor,
     "csa": arguments.add_csa,
+    "bench": bench_arguments.add_bench,
 }
 
 
