@@ -1,7 +1,7 @@
 """The simulator held against this machine: a profile, then two traces through the real engine and simulated.
 
 python -m benchmarks.simulator_error --json OUT. The engine runs each trace at every --sp; the profile is
-fitted to a walk over lengths and batches and to the first trace. The second one is held out: no step was fitted.
+fitted to a walk over lengths and batches and to the first trace. The second one is held out.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from megatron_sps2.model.manifest import load_model_config
 from megatron_sps2.simulator.arrivals import Arrival
 from megatron_sps2.simulator.cost import CostModel
 from megatron_sps2.simulator.counter import Counter
-from megatron_sps2.simulator.fit import Observation, as_profile, fit
+from megatron_sps2.simulator.fit import Observation, as_profile, columns, fit
 from megatron_sps2.simulator.measure import StepLog, replay, walk
 from megatron_sps2.simulator.outcome import Served, summary
 from megatron_sps2.simulator.profile import DeviceProfile
@@ -186,6 +187,7 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     try:
         observations = ranks.walk(args.budget_s)
         first = case.cost(observations)
+        tell(f"sp {case.parallel.sp_size}: {first.profile.notes['fit']}")
         traces = {
             mix.name: mix.trace(
                 args.num_requests, fitting_rate(case, mix, first, args.num_requests, args.load)
@@ -196,6 +198,7 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(args.rounds):
             for name, trace in traces.items():
                 served, steps = ranks.replay(trace)
+                tell(f"sp {case.parallel.sp_size}, {name}: {summary(served)['duration_s']:.0f} s")
                 real[name].append(served)
                 observations += steps if name == MIXES[0].name else []
     finally:
@@ -206,7 +209,18 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         simulated = simulate(case.setup, cost, trace).to_json()
         measured = [summary(each) for each in real[name]]
         rows += compare(case, name, simulated, measured)
-    return {"sp": case.parallel.sp_size, "profile": asdict(cost.profile), "rows": rows}
+    return {
+        "sp": case.parallel.sp_size,
+        "policy": case.schedule.policy,
+        "profile": asdict(cost.profile),
+        "rows": rows,
+        "real": {name: [[asdict(each) for each in run] for run in runs] for name, runs in real.items()},
+        "steps": [(columns(each.work), each.seconds) for each in observations],
+    }
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def compare(
