@@ -83,7 +83,10 @@ def test_launch_scripts_stop_at_the_first_error(path: Path) -> None:
     assert subprocess.run(("bash", "-n", str(path)), timeout=20).returncode == 0
 
 
-@pytest.mark.parametrize("module", ["engine.scheduler", "engine.policies", "cli.serve", "server.protocol"])
+@pytest.mark.parametrize(
+    "module",
+    ["engine.scheduler", "engine.policies", "cli.serve", "server.protocol", "cli.simulate", "cli.plan"],
+)
 def test_who_plans_and_who_watches_needs_no_torch(module: str) -> None:
     code = f"import megatron_sps2.{module}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run((sys.executable, "-c", code), cwd=ROOT, timeout=60).returncode == 0

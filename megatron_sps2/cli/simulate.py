@@ -81,5 +81,6 @@ def print_summary(found: dict[str, Any], title: str) -> None:
     console.print(table)
     console.print(
         f"{found['completed']} requests, {found['failed']} failed; "
-        f"{found['prefill_throughput']:,.0f} prompt and {found['decode_throughput']:,.0f} answer tokens/s over {found['duration_s']:,.1f} s"
+        f"{found['prefill_throughput']:,.0f} prompt and {found['decode_throughput']:,.0f} answer tokens/s "
+        f"over {found['duration_s']:,.1f} s"
     )
