@@ -97,6 +97,11 @@ def _write(args: argparse.Namespace, engine: Engine, observations: list[Observat
         f"{args.out}: {found.num_steps} steps; half of them within {found.median_error:.1%} of the fit, "
         f"nine of ten within {found.p90_error:.1%}"
     )
+    if found.unpriced:
+        _tell(
+            f"{', '.join(found.unpriced)} could not be told from the rest, and count as free; use a larger "
+            "--budget-s or --max-model-len, and a machine that does nothing else"
+        )
 
 
 def _tell(line: str) -> None:

@@ -46,6 +46,11 @@ class Fit:
     bias: float  # of all steps' seconds together: 0.1 is a model that says 10% too much
     num_steps: int
 
+    @property
+    def unpriced(self) -> list[str]:
+        """Work that every rank does and that cost nothing by itself: it could not be told from the rest."""
+        return [name for name in RATES if not self.price[name]]
+
 
 def columns(work: Work) -> dict[str, float]:
     """What is priced. One node's bytes are of one kind, whatever travels."""
@@ -148,5 +153,10 @@ def as_profile(
             row_layer_s=price["row_layers"],
             sample_s=price["samples"],
         ),
-        notes={"fit": errors, "inter": "one node was measured; between nodes as inside one", **notes},
+        notes={
+            "fit": errors,
+            "unpriced": found.unpriced,
+            "inter": "one node was measured; between nodes as inside one",
+            **notes,
+        },
     )

@@ -84,29 +84,35 @@ def walk(
     seed: int = 0,
     tell: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Prompts of rising lengths, and decodes of rising batches over each, until the seconds are spent."""
+    """Prompts of rising lengths, and decodes of rising batches over each, until the seconds are spent.
+
+    Every length is visited once, whatever it takes.
+    """
     rng, end = np.random.default_rng(seed), time.perf_counter() + budget_s
     warm = StepLog(log.counter, [])
     _fill(engine, warm, rng, 64, 2)
-    for length in lengths(longest, rng):
+    for length, most in visits(longest, rng):
         before, begun = len(log.observations), time.perf_counter()
-        num_answers = _fill(engine, log, rng, length, max(BATCHES), end)
+        num_answers = _fill(engine, log, rng, length, most, end)
         took = time.perf_counter() - begun
         steps = len(log.observations) - before
         tell(f"{length} tokens: {steps} steps, batches up to {num_answers}, {took:.1f} s")
-        if time.perf_counter() >= end:
+        if most > min(BATCHES) and time.perf_counter() >= end:
             return
 
 
-def lengths(longest: int, rng: np.random.Generator) -> Iterator[int]:
-    """64 and its doubles, twice over, each a little off: a length that is new costs more, as in life."""
+def visits(longest: int, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
+    """(tokens, answers at once): all lengths soon, with few answers, then with many, and once more.
+
+    64 and its doubles, each a little off: a length that is new costs more, as in life.
+    """
     sizes, size = list[int](), 64
     while size < longest:
         sizes.append(size)
         size *= 2
-    for _ in range(2):
+    for most in (min(BATCHES), max(BATCHES), max(BATCHES)):
         for each in sizes:
-            yield min(longest, each + int(rng.integers(each // 4)))
+            yield min(longest, each + int(rng.integers(each // 4))), most
 
 
 def _fill(
