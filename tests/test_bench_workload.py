@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from megatron_sps2.bench.trace import FORMATS, Planned, read_trace, synthetic
 from megatron_sps2.bench.workload import WorkloadConfig, build, num_clipped, scaled
 from megatron_sps2.cli.bench_arguments import ARRIVALS, TRACE_FORMATS
 
-TRACES = Path("/work/shared/data/traces")
 MOONCAKE = {"timestamp": 3000, "input_length": 1100, "output_length": 7, "hash_ids": [0, 5, 9]}
 
 
@@ -95,9 +95,10 @@ def test_a_trace_that_is_too_short_says_so(tmp_path: Path) -> None:
     ],
 )
 def test_published_traces_are_read_whole(name: str, trace_format: str, count: int) -> None:
-    if not (TRACES / name).exists():
-        pytest.skip(f"{TRACES / name} is absent; it is the published trace of that name")
-    assert len(read_trace(TRACES / name, trace_format)) == count
+    path = Path(os.environ.get("SPS2_TRACES", "")) / name
+    if not path.exists():
+        pytest.skip(f"{name} is absent; SPS2_TRACES is a folder with the published traces")
+    assert len(read_trace(path, trace_format)) == count
 
 
 def test_a_mix_has_its_shares_and_lengths() -> None:

@@ -45,6 +45,7 @@ def test_floors_import_downward() -> None:
             "import megatron_sps2.engine",
             "Floors import strictly downward",
         ),
+        ("megatron_sps2/bench/trace.py", "import megatron_sps2.engine", "bench knows endpoints"),
         ("checkpoints_tools/__init__.py", "import megatron_sps2.attention", "config and model only"),
         ("checkpoints_tools/__init__.py", "import megatron_sps2.engine", "never reaches the engine"),
         ("megatron_sps2/model/__init__.py", "import checkpoints_tools", "knows the converters"),
@@ -85,7 +86,15 @@ def test_launch_scripts_stop_at_the_first_error(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["engine.scheduler", "engine.policies", "cli.serve", "server.protocol", "cli.simulate", "cli.plan"],
+    [
+        "engine.scheduler",
+        "engine.policies",
+        "cli.serve",
+        "cli.bench",
+        "server.protocol",
+        "cli.simulate",
+        "cli.plan",
+    ],
 )
 def test_who_plans_and_who_watches_needs_no_torch(module: str) -> None:
     code = f"import megatron_sps2.{module}, sys; sys.exit('torch' in sys.modules)"

@@ -101,9 +101,8 @@ async def ask_served(base_url: str, model: str | None = None, api_key: str = "")
         raise OSError(f"{base_url}/v1/models answers {answer.status_code}: {answer.text[:MAX_ERROR_CHARS]}")
     lengths = {each["id"]: each.get("max_model_len") for each in answer.json().get("data", [])}
     if not lengths or model not in (None, *lengths):
-        raise ValueError(
-            f"model {model!r} is not served at {base_url}; served: {', '.join(lengths) or 'none'}"
-        )
+        names = ", ".join(lengths) or "none"
+        raise ValueError(f"model {model!r} is not served at {base_url}; use one of those that are: {names}")
     name = model or next(iter(lengths))
     return Served(name, lengths[name])
 

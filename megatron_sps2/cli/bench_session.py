@@ -29,6 +29,8 @@ from megatron_sps2.cli.text import check_text, token_ids
 def make_session(args: argparse.Namespace, arrivals: ArrivalConfig) -> Session:
     """Raises ValueError or OSError for everything that can be wrong before a request is sent."""
     check_outputs(args)
+    if args.num_warmups < 0:
+        raise ValueError(f"--num-warmups {args.num_warmups} must be 0 (none) or above")
     if args.max_concurrency is not None and args.max_concurrency < 1:
         raise ValueError(f"--max-concurrency {args.max_concurrency} must be at least 1")
     corpus = read_corpus(args)
