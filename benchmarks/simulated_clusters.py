@@ -8,6 +8,7 @@ soonest where. Nothing here was measured on a GPU.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -51,18 +52,27 @@ class Scenario:
         return f"{self.model}, {self.longest // K}K, {count} {self.profile} (sp {self.sp}, tp {self.tp})"
 
 
-SCENARIOS = tuple(
-    Scenario(profile=profile, model=model, sp=sp, tp=tp, longest=longest)
-    for profile in ("h100", "h200", "a100")
-    for model, sp, tp, longest in (
-        ("llama3-8b", 8, 1, 32 * K),
-        ("llama3-8b", 8, 1, 128 * K),
-        ("llama3-8b", 32, 1, 1024 * K),
-        ("llama3-70b", 4, 8, 128 * K),
-        ("llama3-70b", 16, 8, 512 * K),
-        ("llama3-405b", 16, 8, 256 * K),
-    )
+# (model, sp, tp, longest): on every profile, and on the first one only.
+EVERYWHERE = (
+    ("llama3-8b", 8, 1, 32 * K),
+    ("llama3-8b", 8, 1, 128 * K),
+    ("llama3-70b", 4, 8, 128 * K),
 )
+ONCE = (
+    ("llama3-8b", 32, 1, 1024 * K),
+    ("llama3-70b", 16, 8, 512 * K),
+    ("llama3-405b", 16, 8, 256 * K),
+)
+
+
+def scenarios(profiles: Sequence[str]) -> list[Scenario]:
+    return [
+        Scenario(profile=profile, model=model, sp=sp, tp=tp, longest=longest)
+        for number, profile in enumerate(profiles)
+        for model, sp, tp, longest in (EVERYWHERE if number else (*EVERYWHERE, *ONCE))
+    ]
+
+
 SETTINGS = ("sps2-csa", "sps2-exact", "sarathi-512", "sarathi-2048")
 LOADS = (0.3, 0.6, 0.9)
 
@@ -166,8 +176,8 @@ def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
 # The map.
 
 KINDS = ("chunked", "SP", "TP+SP", "CSA")
-GPUS = (8, 32, 128, 512, 1024)
-LENGTHS = (32 * K, 128 * K, 512 * K, 1024 * K)
+GPUS = (8, 64, 256, 1024)
+LENGTHS = (32 * K, 128 * K, 1024 * K)
 MAPPED = ("llama3-8b", "llama3-70b", "llama3-405b")
 
 
@@ -269,28 +279,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figures", type=Path, default=Path("docs/figures"))
-    parser.add_argument("--num-requests", type=int, default=40)
-    parser.add_argument("--map-requests", type=int, default=20)
+    parser.add_argument("--num-requests", type=int, default=20)
+    parser.add_argument("--map-requests", type=int, default=10)
     parser.add_argument("--load", type=float, default=0.5, help="of the map")
+    parser.add_argument("--only", choices=("ratios", "map"), help="default: both")
     parser.add_argument("--profiles", nargs="+", default=["h100", "h200", "a100"])
     args = parser.parse_args()
-    compared, cells = [], []
-    for scenario in SCENARIOS:
-        if scenario.profile in args.profiles and _fits(scenario):
-            _tell(scenario.name)
-            compared.append(compare(scenario, args.num_requests))
-    for name in MAPPED:
-        for num_gpus in GPUS:
-            for longest in LENGTHS:
-                _tell(f"map: {name}, {num_gpus} GPUs, {longest // K}K")
-                cells.append(mapped(args.profiles[0], name, num_gpus, longest, args.map_requests, args.load))
-    print_ratios(compared)
+    compared = [] if args.only == "map" else _compare_all(args)
+    cells = [] if args.only == "ratios" else _map_all(args)
     args.figures.mkdir(parents=True, exist_ok=True)
-    draw_ratios(compared, PAPER, args.figures / "simulated_ratios.png")
-    draw_map(cells, args.profiles[0], args.figures / "simulated_map.png")
+    if compared:
+        print_ratios(compared)
+        draw_ratios(compared, PAPER, args.figures / "simulated_ratios.png")
+    if cells:
+        draw_map(cells, args.profiles[0], args.figures / "simulated_map.png")
     if args.json:
         found = {"simulated": True, "source": "data sheet, not measured", "compared": compared, "map": cells}
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _compare_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    found = []
+    for scenario in filter(_fits, scenarios(args.profiles)):
+        _tell(scenario.name)
+        found.append(compare(scenario, args.num_requests))
+    return found
+
+
+def _map_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    found = []
+    for name, num_gpus, longest in itertools.product(MAPPED, GPUS, LENGTHS):
+        _tell(f"map: {name}, {num_gpus} GPUs, {longest // K}K")
+        found.append(mapped(args.profiles[0], name, num_gpus, longest, args.map_requests, args.load))
+    return found
 
 
 def _fits(scenario: Scenario) -> bool:
