@@ -11,27 +11,18 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from benchmarks.simulated_map import GPUS, LENGTHS, MAPPED, mapped
+from benchmarks.simulated_mix import K, capacity, deployment, trace
 from benchmarks.simulated_plots import draw_map, draw_ratios
-from megatron_sps2.config import ModelConfig, ParallelConfig, divisors
-from megatron_sps2.engine.plan import PrefillPiece, StepPlan
-from megatron_sps2.simulator.arrivals import Arrival
-from megatron_sps2.simulator.data_sheets import load_profile
-from megatron_sps2.simulator.deployment import Deployment
-from megatron_sps2.simulator.setting import Setting
+from megatron_sps2.config import ParallelConfig
 from megatron_sps2.simulator.shapes import SHAPES
 
-K = 1024
-ANSWER = (64, 256)
-SHORT = (128, 2048)
-LONG_SHARE = 0.3
 RATIOS = ("ttft_ms", "tbt_ms", "e2e_ms")
 PAPER = {"ttft_ms": 7.5, "tbt_ms": 1.92, "e2e_ms": 9.8, "prefill": 8.2, "decode": 5.2}
 
@@ -77,66 +68,6 @@ SETTINGS = ("sps2-csa", "sps2-exact", "sarathi-512", "sarathi-2048")
 LOADS = (0.3, 0.6, 0.9)
 
 
-def trace(longest: int, num_requests: int, rate: float, seed: int = 0) -> list[Arrival]:
-    """Poisson arrivals; LONG_SHARE of the prompts are half to all of `longest`, the others short."""
-    rng = np.random.default_rng(seed)
-    times = np.cumsum(rng.exponential(1 / rate, num_requests))
-    found = []
-    for number in range(num_requests):
-        is_long = number % 10 < 10 * LONG_SHARE
-        least, most = (longest // 2, longest) if is_long else SHORT
-        found.append(
-            Arrival(
-                arrival_s=float(times[number]),
-                num_prompt_tokens=int(rng.integers(least, most)),
-                num_output_tokens=int(rng.integers(*ANSWER)),
-            )
-        )
-    return found
-
-
-def deployment(
-    profile: str, model: ModelConfig, parallel: ParallelConfig, setting: str, longest: int
-) -> Deployment:
-    return Deployment(
-        model=model,
-        profile=load_profile(profile),
-        parallel=parallel,
-        setting=Setting.parse(setting),
-        longest=longest + ANSWER[1],
-        max_num_seqs=64,
-    )
-
-
-def prefill_s(option: Deployment, num_tokens: int) -> float:
-    """Of one prompt alone, in one piece or in sarathi's chunks."""
-    layers, sp_size, csa = option.model.num_layers, option.parallel.sp_size, option.setting.attention == "csa"
-    groups = option.model.num_query_groups // option.parallel.tp_size
-    whole = "csa" if csa else "ulysses" if groups % sp_size == 0 else "pass_kv"
-    size = option.setting.chunk if option.setting.policy == "sarathi" else num_tokens
-    cost, seconds = option.cost, 0.0
-    for start in range(0, num_tokens, size):
-        piece = PrefillPiece(
-            request_id=0,
-            start=start,
-            stop=min(num_tokens, start + size),
-            first_layer=0,
-            last_layer=layers,
-            strategy="pass_q" if start else whole,
-        )
-        seconds += cost.seconds(StepPlan(pieces=(piece,)), 0)
-    return seconds
-
-
-def capacity(option: Deployment, longest: int) -> float:
-    """Prompts per second of the mix that one replica can prefill, answers aside."""
-    mix = trace(longest, 20, 1.0)
-    return len(mix) / sum(prefill_s(option, each.num_prompt_tokens) for each in mix)
-
-
-# The paper's comparison.
-
-
 def compare(scenario: Scenario, num_requests: int) -> dict[str, Any]:
     """Every setting at loads that are shares of what exact sps2 can prefill on these ranks."""
     model, grid = SHAPES[scenario.model], ParallelConfig(sp_size=scenario.sp, tp_size=scenario.tp)
@@ -171,93 +102,6 @@ def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     for name in ("prefill", "decode"):
         found[name] = ours[f"{name}_throughput"] / theirs[f"{name}_throughput"]
     return found
-
-
-# The map.
-
-KINDS = ("chunked", "SP", "TP+SP", "CSA")
-GPUS = (8, 64, 256, 1024)
-LENGTHS = (32 * K, 128 * K, 1024 * K)
-MAPPED = ("llama3-8b", "llama3-70b", "llama3-405b")
-
-
-def layouts(model: ModelConfig, num_gpus: int, kind: str) -> Iterator[ParallelConfig]:
-    """One replica each; what is left of the GPUs are more replicas."""
-    for tp_size in divisors(model.num_attention_heads, model.num_query_groups, 8):
-        for sp_size in (2**i for i in range(8)):
-            is_kind = {"SP": tp_size == 1, "TP+SP": tp_size > 1 and sp_size > 1}.get(kind, True)
-            if is_kind and sp_size * tp_size <= num_gpus:
-                yield ParallelConfig(sp_size=sp_size, tp_size=tp_size)
-
-
-def mapped(
-    profile: str, name: str, num_gpus: int, longest: int, num_requests: int, load: float
-) -> dict[str, Any]:
-    """Each kind's best layout under one load of the whole cluster: the same requests for everybody."""
-    model = SHAPES[name]
-    one = deployment(profile, model, ParallelConfig(tp_size=8), "sps2-exact", longest)
-    rate = load * capacity(one, longest) * num_gpus / 8
-    found = {}
-    for kind in KINDS:
-        tried = [
-            _loaded(profile, model, kind, grid, num_gpus, longest, rate, num_requests)
-            for grid in _best(profile, model, kind, num_gpus, longest, rate)
-        ]
-        found[kind] = min(tried, key=lambda each: each["e2e_s"]) if tried else None
-    able = {kind: each for kind, each in found.items() if each}
-    winner = min(able, key=lambda kind: able[kind]["e2e_s"]) if able else None
-    exact = min((k for k in able if k != "CSA"), key=lambda kind: able[kind]["e2e_s"], default=None)
-    return {
-        "model": name,
-        "num_gpus": num_gpus,
-        "longest": longest,
-        "kinds": found,
-        "winner": winner,
-        "winner_exact": exact,
-    }
-
-
-def _best(
-    profile: str, model: ModelConfig, kind: str, num_gpus: int, longest: int, rate: float
-) -> list[ParallelConfig]:
-    """The two layouts with the least estimated time: a prefill, and its queue as of one server at random."""
-    ranked = []
-    for grid in layouts(model, num_gpus, kind):
-        option = deployment(profile, model, grid, _setting(kind), longest)
-        if option.memory.fits:
-            replicas = num_gpus // grid.world_size
-            busy = rate / replicas / capacity(option, longest)
-            queue = busy / (1 - busy) if busy < 1 else 10 * busy
-            ranked.append((prefill_s(option, longest) * (1 + queue), grid.tp_size, grid.sp_size))
-    return [ParallelConfig(sp_size=sp, tp_size=tp) for _, tp, sp in sorted(ranked)[:2]]
-
-
-def _setting(kind: str) -> str:
-    return {"chunked": "sarathi-2048", "CSA": "sps2-csa"}.get(kind, "sps2-exact")
-
-
-def _loaded(
-    profile: str,
-    model: ModelConfig,
-    kind: str,
-    grid: ParallelConfig,
-    num_gpus: int,
-    longest: int,
-    rate: float,
-    num_requests: int,
-) -> dict[str, Any]:
-    """One replica under its share of the load."""
-    replicas = num_gpus // grid.world_size
-    option = deployment(profile, model, grid, _setting(kind), longest)
-    result = option.run(trace(longest, num_requests, rate / replicas)).to_json()
-    return {
-        "tp": grid.tp_size,
-        "sp": grid.sp_size,
-        "dp": replicas,
-        "e2e_s": result["e2e_ms"]["mean"] / 1e3,
-        "ttft_s": result["ttft_ms"]["mean"] / 1e3,
-        "tbt_p99_ms": result["tbt_ms"]["p99"],
-    }
 
 
 def _tell(line: str) -> None:

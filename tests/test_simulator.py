@@ -298,6 +298,10 @@ def test_the_commands_write_json(tmp_path: Path, capsys: pytest.CaptureFixture[s
     found = json.loads(capsys.readouterr().out)
     assert (found["simulated"], found["completed"], found["total_output_tokens"]) == (True, 3, 60)
     assert found["profile_source"] == "data sheet, not measured"
+    assert main(["simulate", *shared, "--sp", "8", "--num-kv-blocks", "10", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["failed"] == 2, (
+        "the long ones have no room in 10 blocks a rank"
+    )
     assert main(["plan", *shared, "--settings", "sps2-exact,sarathi-512", "--json", "-"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["choice"]["fits"] and plan["num_devices"] == 8 and all(e["why_not"] for e in plan["others"])

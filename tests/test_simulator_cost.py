@@ -137,6 +137,7 @@ def test_csa_spares_far_keys_and_full_csa_spares_none() -> None:
     assert default.pairs < pairs / 8
     assert pairs < full.pairs < 1.1 * pairs, "all keys, and the probes' price"
     assert default.share_sent(8) < full.share_sent(8) <= 0.51
+    assert CsaKeys.of(PRESETS["default"], 131072, beyond=1.0).pairs == pytest.approx(full.pairs)
 
 
 def test_csa_costs_what_was_measured_of_it() -> None:

@@ -52,6 +52,7 @@ def _read(args: argparse.Namespace) -> tuple[Deployment, list[Any]]:
         csa=csa,
         csa_beyond=args.csa_density,
         schedule=schedule_config(args),
+        num_blocks=args.num_kv_blocks,
     )
     return deployment, planned
 

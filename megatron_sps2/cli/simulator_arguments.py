@@ -118,6 +118,9 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="prompts that begin alike share blocks (default: on)",
     )
+    group.add_argument(
+        "--num-kv-blocks", type=int, metavar="N", help="of each rank (default: what its memory leaves)"
+    )
     group.add_argument("--preemption", choices=PREEMPTION_MODES, default="recompute", help="see `sps2 serve`")
     group.add_argument(
         "--max-model-len", type=int, metavar="N", help="prompt + output (default: the trace's longest)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,13 +57,3 @@ def _prompt(one: Planned, number: int) -> tuple[int, ...]:
         for hash_id, start, stop in zip(one.hash_ids, bounds, bounds[1:], strict=False)
         for _ in range(stop - start)
     )
-
-
-def check_lengths(planned: Sequence[Planned], longest: int) -> None:
-    """Raises ValueError for a request that no engine of that `max_model_len` would take."""
-    for number, each in enumerate(planned):
-        if (wanted := each.num_prompt_tokens + each.num_output_tokens) > longest:
-            raise ValueError(
-                f"request {number} has {each.num_prompt_tokens} + {each.num_output_tokens} = {wanted} "
-                f"tokens, more than {longest}; raise --max-model-len or lower --length-scale"
-            )

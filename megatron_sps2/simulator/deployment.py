@@ -65,6 +65,7 @@ class Deployment:
     csa: CsaSetting = field(default_factory=lambda: PRESETS["default"])
     csa_beyond: float | None = None  # see attended.CsaKeys
     schedule: ScheduleConfig | None = None  # None: what the setting means
+    num_blocks: int | None = None  # of KV on a rank; None: what the memory leaves
 
     @property
     def memory(self) -> Memory:
@@ -87,7 +88,7 @@ class Deployment:
             raise ValueError(f"{self.longest:,} tokens need {memory} on each rank; use more --sp or --tp")
         # More blocks than all requests could fill only make lists long.
         most = (-(-self.longest // BLOCK_SIZE) + 2) * self.max_num_seqs
-        blocks = min(memory.kv_room // (memory.kv_per_token * BLOCK_SIZE), most)
+        blocks = self.num_blocks or min(memory.kv_room // (memory.kv_per_token * BLOCK_SIZE), most)
         return Setup(
             model=self.model,
             parallel=self.parallel,
