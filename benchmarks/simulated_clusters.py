@@ -43,24 +43,23 @@ class Scenario:
         return f"{self.model}, {self.longest // K}K, {count} {self.profile} (sp {self.sp}, tp {self.tp})"
 
 
-# (model, sp, tp, longest): on every profile, and on the first one only.
+# Model, sp, tp, longest: on every profile; and once, 405B where its weights fit 8 GPUs in bfloat16.
 EVERYWHERE = (
     ("llama3-8b", 8, 1, 32 * K),
     ("llama3-8b", 8, 1, 128 * K),
     ("llama3-70b", 4, 8, 128 * K),
 )
-ONCE = (
-    ("llama3-8b", 32, 1, 1024 * K),
-    ("llama3-70b", 16, 8, 512 * K),
-    ("llama3-405b", 16, 8, 256 * K),
-)
+ONCE = {
+    "h100": (("llama3-8b", 32, 1, 1024 * K), ("llama3-70b", 16, 8, 512 * K)),
+    "h200": (("llama3-405b", 16, 8, 256 * K),),
+}
 
 
 def scenarios(profiles: Sequence[str]) -> list[Scenario]:
     return [
         Scenario(profile=profile, model=model, sp=sp, tp=tp, longest=longest)
-        for number, profile in enumerate(profiles)
-        for model, sp, tp, longest in (EVERYWHERE if number else (*EVERYWHERE, *ONCE))
+        for profile in profiles
+        for model, sp, tp, longest in (*EVERYWHERE, *ONCE.get(profile, ()))
     ]
 
 
@@ -136,7 +135,7 @@ def main() -> None:
         print_ratios(compared)
         draw_ratios(compared, PAPER, args.figures / "simulated_ratios.png")
     if cells:
-        draw_map(cells, args.profiles[0], args.figures / "simulated_map.png")
+        draw_map(cells, args.figures / "simulated_map.png")
     if args.json:
         found = {"simulated": True, "source": "data sheet, not measured", "compared": compared, "map": cells}
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -152,9 +151,9 @@ def _compare_all(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _map_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
-    for name, num_gpus, longest in itertools.product(MAPPED, GPUS, LENGTHS):
-        _tell(f"map: {name}, {num_gpus} GPUs, {longest // K}K")
-        found.append(mapped(args.profiles[0], name, num_gpus, longest, args.map_requests, args.load))
+    for (name, profile), num_gpus, longest in itertools.product(MAPPED.items(), GPUS, LENGTHS):
+        _tell(f"map: {name}, {num_gpus} {profile}, {longest // K}K")
+        found.append(mapped(profile, name, num_gpus, longest, args.map_requests, args.load))
     return found
 
 

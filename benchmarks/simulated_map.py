@@ -12,7 +12,8 @@ from megatron_sps2.simulator.shapes import SHAPES
 KINDS = ("chunked", "SP", "TP+SP", "CSA")
 GPUS = (8, 64, 256, 1024)
 LENGTHS = (32 * K, 128 * K, 1024 * K)
-MAPPED = ("llama3-8b", "llama3-70b", "llama3-405b")
+# 405B in bfloat16 does not fit 8 GPUs of 80 GB, and tp stays in a node.
+MAPPED = {"llama3-8b": "h100", "llama3-70b": "h100", "llama3-405b": "h200"}
 
 
 def layouts(model: ModelConfig, num_gpus: int, kind: str) -> Iterator[ParallelConfig]:
@@ -43,6 +44,7 @@ def mapped(
     exact = min((k for k in able if k != "CSA"), key=lambda kind: able[kind]["e2e_s"], default=None)
     return {
         "model": name,
+        "profile": profile,
         "num_gpus": num_gpus,
         "longest": longest,
         "kinds": found,

@@ -15,9 +15,13 @@ SHOWN = {
 }
 
 
+_WHICH = ("all", "exact attention only")
+
+
 def draw_ratios(compared: Sequence[dict[str, Any]], paper: Mapping[str, float], path: Path) -> None:
     """At the highest load; the line is the paper's "up to"."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     figure = Figure(figsize=(11, 0.32 * len(compared) + 1.8), layout="constrained")
     axes = figure.subplots(1, len(SHOWN), sharey=True)
@@ -31,6 +35,9 @@ def draw_ratios(compared: Sequence[dict[str, Any]], paper: Mapping[str, float], 
         panel.axvline(1, color="black", linewidth=0.8)
         panel.axvline(paper[key.removesuffix("_mean")], color="black", linestyle=":", linewidth=0.8)
         panel.set(xscale="log", title=label)
+        panel.xaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 5, 10, 50]))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.tick_params(labelsize=7)
     axes[0].set_yticks(range(len(names)), names, fontsize=6)
     axes[0].invert_yaxis()
@@ -43,7 +50,7 @@ def draw_ratios(compared: Sequence[dict[str, Any]], paper: Mapping[str, float], 
     figure.savefig(path, dpi=110)
 
 
-def draw_map(cells: Sequence[dict[str, Any]], profile: str, path: Path) -> None:
+def draw_map(cells: Sequence[dict[str, Any]], path: Path) -> None:
     """Who has the shortest mean response time, by GPUs and longest prompt, with and without CSA."""
     from matplotlib.figure import Figure
 
@@ -54,11 +61,9 @@ def draw_map(cells: Sequence[dict[str, Any]], profile: str, path: Path) -> None:
         mine = [cell for cell in cells if cell["model"] == model]
         for row, key in enumerate(("winner", "winner_exact")):
             _panel(grid[row][column], mine, key)
-            grid[row][column].set_title(
-                f"{model}, {'all' if row == 0 else 'exact attention only'}", fontsize=8
-            )
+            grid[row][column].set_title(f"{model} on {mine[0]['profile']}, {_WHICH[row]}", fontsize=8)
     figure.suptitle(
-        f"Shortest mean response time on {profile}: tp x sp of the winner, and times better than chunked "
+        "Shortest mean response time: tp x sp of the winner, and times better than chunked "
         "prefill. SIMULATED from data sheets",
         fontsize=8,
     )
