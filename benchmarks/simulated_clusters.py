@@ -136,9 +136,18 @@ def main() -> None:
         draw_ratios(compared, PAPER, args.figures / "simulated_ratios.png")
     if cells:
         draw_map(cells, args.figures / "simulated_map.png")
+    found = {"simulated": True, "source": "data sheet, not measured", "compared": compared, "map": cells}
     if args.json:
-        found = {"simulated": True, "source": "data sheet, not measured", "compared": compared, "map": cells}
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if not args.only:
+        small = json.dumps(found | {"compared": [_ratios_alone(each) for each in compared]})
+        (args.figures / "simulated_clusters.json").write_text(small + "\n", encoding="utf-8")
+
+
+def _ratios_alone(compared: dict[str, Any]) -> dict[str, Any]:
+    """Without the settings' own numbers, for a small file."""
+    kept = [{name: row[name] for name in ("load", "ratios_to_sarathi")} for row in compared["rows"]]
+    return compared | {"rows": kept}
 
 
 def _compare_all(args: argparse.Namespace) -> list[dict[str, Any]]:
