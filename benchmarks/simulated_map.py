@@ -9,7 +9,14 @@ from benchmarks.simulated_mix import K, capacity, deployment, prefill_s, trace
 from megatron_sps2.config import ModelConfig, ParallelConfig, divisors
 from megatron_sps2.simulator.shapes import SHAPES
 
-KINDS = ("chunked", "SP", "TP+SP", "CSA")
+# What each kind may run; chunked prefill with the better of two chunk sizes.
+SETTINGS = {
+    "chunked": ("sarathi-2048", "sarathi-8192"),
+    "SP": ("sps2-exact",),
+    "TP+SP": ("sps2-exact",),
+    "CSA": ("sps2-csa",),
+}
+KINDS = tuple(SETTINGS)
 GPUS = (8, 64, 256, 1024)
 LENGTHS = (32 * K, 128 * K, 1024 * K)
 # 405B in bfloat16 does not fit 8 GPUs of 80 GB, and tp stays in a node.
@@ -35,8 +42,9 @@ def mapped(
     found = {}
     for kind in KINDS:
         tried = [
-            _loaded(profile, model, kind, grid, num_gpus, longest, rate, num_requests)
-            for grid in _best(profile, model, kind, num_gpus, longest, rate)
+            _loaded(profile, model, setting, grid, num_gpus, longest, rate, num_requests)
+            for setting in SETTINGS[kind]
+            for grid in _best(profile, model, kind, setting, num_gpus, longest, rate)
         ]
         found[kind] = min(tried, key=lambda each: each["e2e_s"]) if tried else None
     able = {kind: each for kind, each in found.items() if each}
@@ -54,12 +62,12 @@ def mapped(
 
 
 def _best(
-    profile: str, model: ModelConfig, kind: str, num_gpus: int, longest: int, rate: float
+    profile: str, model: ModelConfig, kind: str, setting: str, num_gpus: int, longest: int, rate: float
 ) -> list[ParallelConfig]:
     """The two layouts with the least estimated time: a prefill, and its queue as of one server at random."""
     ranked = []
     for grid in layouts(model, num_gpus, kind):
-        option = deployment(profile, model, grid, _setting(kind), longest)
+        option = deployment(profile, model, grid, setting, longest)
         if option.memory.fits:
             replicas = num_gpus // grid.world_size
             busy = rate / replicas / capacity(option, longest)
@@ -68,14 +76,10 @@ def _best(
     return [ParallelConfig(sp_size=sp, tp_size=tp) for _, tp, sp in sorted(ranked)[:2]]
 
 
-def _setting(kind: str) -> str:
-    return {"chunked": "sarathi-2048", "CSA": "sps2-csa"}.get(kind, "sps2-exact")
-
-
 def _loaded(
     profile: str,
     model: ModelConfig,
-    kind: str,
+    setting: str,
     grid: ParallelConfig,
     num_gpus: int,
     longest: int,
@@ -84,9 +88,10 @@ def _loaded(
 ) -> dict[str, Any]:
     """One replica under its share of the load."""
     replicas = num_gpus // grid.world_size
-    option = deployment(profile, model, grid, _setting(kind), longest)
+    option = deployment(profile, model, grid, setting, longest)
     result = option.run(trace(longest, num_requests, rate / replicas)).to_json()
     return {
+        "setting": setting,
         "tp": grid.tp_size,
         "sp": grid.sp_size,
         "dp": replicas,
