@@ -376,3 +376,16 @@ def test_convert_replaces_a_checkpoint_only_when_told_to_and_nothing_else_ever(
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{target}: 6 layers, hidden 72, vocabulary 251\n"
     assert json.loads((target / "sps2_model.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_profile_of_two_ranks_prices_their_link_and_simulates(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "here.json"
+    flags = ("--sp", 2, "--max-model-len", 1024, "--budget-s", 1, "--out", out)
+    done = sps2("profile", "--checkpoint", checkpoint, *flags)
+    assert done.returncode == 0 and out.is_file(), done.stderr
+    profile = json.loads(out.read_text())
+    assert profile["source"].startswith("measured") and profile["notes"]["fit"]["num_steps"] > 30
+    assert sum(profile["overheads"].values()) + profile["intra"]["latency_s"] > 0
+    asked = ("--model", checkpoint, "--dtype", "float32", "--sp", 2, "--trace", "1:64-500:9")
+    shown = sps2("simulate", "--profile", out, *asked, "--trace-format", "synthetic", "--json", "-")
+    assert json.loads(shown.stdout)["total_output_tokens"] == 900

@@ -85,7 +85,16 @@ def test_launch_scripts_stop_at_the_first_error(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["engine.scheduler", "engine.policies", "cli.serve", "cli.bench", "server.protocol"]
+    "module",
+    [
+        "engine.scheduler",
+        "engine.policies",
+        "cli.serve",
+        "cli.bench",
+        "server.protocol",
+        "cli.simulate",
+        "cli.plan",
+    ],
 )
 def test_who_plans_and_who_watches_needs_no_torch(module: str) -> None:
     code = f"import megatron_sps2.{module}, sys; sys.exit('torch' in sys.modules)"

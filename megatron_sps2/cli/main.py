@@ -18,6 +18,7 @@ from megatron_sps2.cli import (
     checkpoint_arguments,
     doctor_arguments,
     serve_arguments,
+    simulator_arguments,
 )
 from megatron_sps2.cli.config_file import insert_config
 from megatron_sps2.cli.process import INTERRUPTED, leave, report, set_logging
@@ -35,6 +36,9 @@ COMMANDS = {
     "doctor": doctor_arguments.add_doctor,
     "csa": arguments.add_csa,
     "bench": bench_arguments.add_bench,
+    "profile": simulator_arguments.add_profile,
+    "simulate": simulator_arguments.add_simulate,
+    "plan": simulator_arguments.add_plan,
 }
 
 

@@ -79,9 +79,9 @@ class Placement:
         """By how many ranks to turn the layout, so that shards of `held` tokens stay as level as can be."""
         if not start or request.home is not None:
             return 0
+        new = self.layout(request, start, stop).tokens_per_rank
 
         def fullest(turn: int) -> int:
-            new = self.layout(request, start, stop, turn).tokens_per_rank
-            return max(old + more for old, more in zip(held, new, strict=True))
+            return max(held[(rank + turn) % self.sp_size] + more for rank, more in enumerate(new))
 
         return min(range(self.sp_size), key=fullest)

@@ -12,11 +12,11 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from megatron_sps2.config import ATTENTION_MODES, AttentionMode, ModelConfig, SamplingParams
+from megatron_sps2.engine.sampled_token import SampledToken
 from megatron_sps2.engine.tokenizer import check_ids
 
 if TYPE_CHECKING:  # rank 0's view needs no torch
     from megatron_sps2.attention.csa_tally import CsaReport
-    from megatron_sps2.engine.sampler import SampledToken
 
 
 class FinishReason(StrEnum):
@@ -75,8 +75,13 @@ class Request:
     def output_ids(self) -> list[int]:
         return [token.token_id for token in self.output]
 
-    def take(self, token: SampledToken | None, eos_token_ids: Sequence[int]) -> None:
-        """The next token, or None where its logits were poisoned; sets finish_reason if it is the last."""
+    def take(
+        self, token: SampledToken | None, eos_token_ids: Sequence[int], now: float | None = None
+    ) -> None:
+        """The next token, or None where its logits were poisoned; sets finish_reason if it is the last.
+
+        `now` is given where time.perf_counter() is not the clock.
+        """
         if token is None:
             self.finish_reason = FinishReason.ERROR
             self.error = (
@@ -85,7 +90,7 @@ class Request:
             )
             return
         self.output.append(token)
-        self.token_times.append(time.perf_counter())
+        self.token_times.append(time.perf_counter() if now is None else now)
         ends = () if self.params.ignore_eos else tuple(eos_token_ids)
         if len(self.output) > self.params.min_tokens and token.token_id in (
             *ends,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_sps2.config import SamplingParams
+from megatron_sps2.engine.sampled_token import SampledToken
 
 Logits = NDArray[np.float32]
 # Tokens below this share of the likeliest one are sorted only when the nucleus of top-p reaches into them.
@@ -26,15 +26,6 @@ TAIL_WEIGHT = 1e-4
 
 class PoisonedLogits(RuntimeError):
     """No token can be chosen from a request's logits; other requests of the batch are unharmed."""
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """The chosen token; log-probabilities are those of the raw logits, before penalties and temperature."""
-
-    token_id: int
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 def sample(

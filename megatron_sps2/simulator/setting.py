@@ -1,0 +1,49 @@
+"""A policy and an attention under one name, such as sps2-csa or sarathi-512. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sps2.config import AttentionMode, PolicyName, ScheduleConfig
+
+EXAMPLES = ("sps2-exact", "sps2-csa", "sarathi-512", "fcfs")
+# What `sps2 serve` does where nothing is said.
+SHORT_PROMPT_TOKENS = 512
+BATCHED_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What is compared on one layout."""
+
+    name: str
+    policy: PolicyName
+    attention: AttentionMode = "exact"
+    chunk: int = BATCHED_TOKENS  # tokens of a step: sarathi's chunk
+
+    @classmethod
+    def parse(cls, name: str) -> Setting:
+        """Raises ValueError for a name that means nothing."""
+        policy, _, rest = name.partition("-")
+        if policy == "sps2" and rest in ("exact", "csa", "auto", ""):
+            modes: dict[str, AttentionMode] = {"csa": "csa", "auto": "auto"}
+            return cls(name=name, policy="sps2", attention=modes.get(rest, "exact"))
+        if policy == "sarathi" and rest.isdecimal() and int(rest) > 0:
+            return cls(name=name, policy="sarathi", chunk=int(rest))
+        if name == "fcfs":
+            return cls(name=name, policy="fcfs")
+        raise ValueError(
+            f"setting {name!r} is not known; use names such as {', '.join(EXAMPLES)}, the number being "
+            "sarathi's chunk"
+        )
+
+    def schedule(self, max_num_seqs: int) -> ScheduleConfig:
+        return ScheduleConfig(
+            policy=self.policy,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max(self.chunk, max_num_seqs + 1)
+            if self.policy == "sarathi"
+            else self.chunk,
+            short_prompt_tokens=SHORT_PROMPT_TOKENS,
+            prefix_caching=True,
+        )
