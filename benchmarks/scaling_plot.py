@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,8 @@ def draw(found: dict[str, Any], folder: Path) -> None:
 def attention(rows: Sequence[Row], work: WorkModel) -> Figure:
     """Seconds of a rank in attention against length."""
     figure, (axes,) = _figure(
-        "Seconds in attention, mean over ranks. Lines: exact c S²/P, CSA (l S + c k S²)/P; k: share of "
-        f"pairs kept, measured;\nc = {work.pair_s:.2e} s, l = {work.csa_linear_s:.2e} s, a point each. "
+        "Seconds in attention, mean over ranks. Lines: exact c S²/P, CSA (l S + c k S²)/P; k: share of pairs "
+        f"kept, measured; c = {work.pair_s:.2e} s and l = {work.csa_linear_s:.2e} s from one point each. "
         f"{_who(rows, work)}",
         1,
     )
@@ -57,26 +59,27 @@ def attention(rows: Sequence[Row], work: WorkModel) -> Figure:
 def traffic(rows: Sequence[Row], model: ModelConfig) -> Figure:
     """Bytes sent per rank and layer, against length and against sp."""
     figure, (left, right) = _figure(
-        "Bytes that attention sends per rank and layer, by the ledger; lines: the formulas. "
-        "One rank sends nothing.",
+        "Bytes that attention sends per rank and layer, by the ledger. Lines: the formulas; CSA's takes the "
+        "number of keys sent as measured. One rank sends nothing.",
         2,
     )
-    spread = [row for row in rows if row.sp > 1]
-    _against_length(left, spread, lambda row: row.bytes_sent, lambda row: row.bytes_formula, lambda _: "")
+
+    def exact_bytes(name: str, tokens: int, sp: int) -> float:
+        parallel = ParallelConfig(sp_size=sp)
+        of_ranks = Traffic(model=model, parallel=parallel, element_size=ELEMENT_SIZE)
+        return float(getattr(of_ranks, name)(tokens))
+
+    def theory(row: Row) -> float:
+        return exact_bytes(row.strategy, row.tokens, row.sp) if row.mode == "exact" else row.bytes_formula
+
+    spread = [row for row in rows if row.sp > 1] or list(rows)
+    _against_length(left, spread, lambda row: row.bytes_sent, theory, lambda _: "")
     left.set_ylabel("bytes per rank and layer")
-    length = _common_length(rows)
-    sizes = range(1, max(_ranks(rows)) + 1)
+    length, sizes = _common_length(spread), range(1, max(_ranks(rows)) + 1)
     for name, style in (("ulysses", "-"), ("pass_kv", ":")):
-        lines = [
-            getattr(
-                Traffic(model=model, parallel=ParallelConfig(sp_size=sp), element_size=ELEMENT_SIZE), name
-            )
-            for sp in sizes
-        ]
-        right.plot(
-            sizes, [line(length) / 1e6 for line in lines], style, color="grey", label=f"{name}, formula"
-        )
-    _against_sp(right, rows, length, lambda row: row.bytes_sent / 1e6, lambda row: row.bytes_formula / 1e6)
+        megabytes = [exact_bytes(name, length, sp) / 1e6 for sp in sizes]
+        right.plot(sizes, megabytes, style, color="grey", label=f"{name}, formula")
+    _against_sp(right, rows, length, lambda row: row.bytes_sent / 1e6, None)
     right.set_ylabel("MB per rank and layer")
     return figure
 
@@ -85,7 +88,7 @@ def ttft(rows: Sequence[Row], work: WorkModel) -> Figure:
     """Time to first token against length and against sp."""
     figure, (left, right) = _figure(
         "Time to first token. Lines: (a S + attention's work)/P, P at most the cores; "
-        f"a = {work.linear_s:.2e} s from one point.\n{_who(rows, work)}",
+        f"a = {work.linear_s:.2e} s from one point. {_who(rows, work)}",
         2,
     )
 
@@ -105,21 +108,25 @@ def _figure(caption: str, num_panels: int) -> tuple[Figure, Sequence[Axes]]:
     figure = Figure(figsize=(5.6 * num_panels + 2.4 * (num_panels == 1), 5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, num_panels, squeeze=False)[0]
-    figure.supxlabel(caption, fontsize=8)
+    figure.supxlabel(textwrap.fill(caption, 110 if num_panels == 1 else 160), fontsize=8)
     return figure, list(panels)
 
 
 def _against_length(
     axes: Axes, rows: Sequence[Row], measured: Line, theory: Line, note: Callable[[int], str]
 ) -> None:
-    """Log-log; a series for each mode and sp."""
+    """Log-log; a series for each mode and sp. Exact attention's lines go on to lengths that were left out."""
+    lengths = sorted({row.tokens for row in rows})
     for sp, colour in zip(_ranks(rows), COLOURS, strict=False):
         for mode, (marker, style) in STYLES.items():
             series = sorted((r for r in rows if (r.mode, r.sp) == (mode, sp)), key=lambda row: row.tokens)
             if not series:
                 continue
             tokens = [row.tokens for row in series]
-            axes.plot(tokens, [theory(row) for row in series], style, color=colour, linewidth=1)
+            # What CSA keeps is known only where it ran.
+            lined = [replace(series[0], tokens=each) for each in lengths] if mode == "exact" else series
+            line = [row.tokens for row in lined], [theory(row) for row in lined]
+            axes.plot(*line, style, color=colour, linewidth=1)
             label = f"{mode}, sp {sp}{note(sp)}"
             axes.plot(
                 tokens,
@@ -137,14 +144,15 @@ def _against_length(
         axes.legend(fontsize=7)
 
 
-def _against_sp(axes: Axes, rows: Sequence[Row], length: int, measured: Line, theory: Line) -> None:
+def _against_sp(axes: Axes, rows: Sequence[Row], length: int, measured: Line, theory: Line | None) -> None:
     """One length; a series for each mode."""
     for (mode, (marker, style)), colour in zip(STYLES.items(), ("black", "tab:red"), strict=True):
         series = sorted((r for r in rows if (r.mode, r.tokens) == (mode, length)), key=lambda row: row.sp)
         if not series:
             continue
         sizes = [row.sp for row in series]
-        axes.plot(sizes, [theory(row) for row in series], style, color=colour, linewidth=1)
+        if theory is not None:
+            axes.plot(sizes, [theory(row) for row in series], style, color=colour, linewidth=1)
         strategy = series[-1].strategy
         label = mode if mode == strategy else f"{mode} ({strategy})"
         axes.plot(
