@@ -93,11 +93,16 @@ def _parse() -> argparse.Namespace:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Flags of what runs: lengths, ranks, budgets, and a real model in place of the random one."""
+    """Flags of what runs: lengths, ranks and what add_budgets adds."""
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 32768, 65536])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--sp", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
+    add_budgets(parser)
+
+
+def add_budgets(parser: argparse.ArgumentParser) -> None:
+    """Flags of CSA's budgets, and a real model in place of the random one."""
     parser.add_argument(
         "--density", type=float, default=0.03, help="share of keys kept by score, of the random model"
     )

@@ -21,10 +21,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
+from benchmarks.meter import Meter, Note
 from checkpoints_tools.convert import convert
 from megatron_sps2.attention.csa_tally import CsaReport
 from megatron_sps2.config import AttentionMode, DType, ParallelConfig, SamplingParams
 from megatron_sps2.engine.build import EngineConfig, build_engine
+from megatron_sps2.engine.engine import Engine
 
 VOCAB_SIZE = 32000
 MAX_LENGTH = 70000
@@ -103,16 +105,18 @@ def run_transformers(hf: LlamaForCausalLM, ids: list[int], num_tokens: int) -> t
 
 
 class Ours:
-    """Our engine on `parallel` ranks in processes of their own."""
+    """Our engine on `parallel` ranks in processes of their own; `metered` ones note each prompt's prefill."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        parallel = config.parallel
+    def __init__(self, config: EngineConfig, *, metered: bool = False) -> None:
+        parallel, self._metered = config.parallel, metered
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "megatron_sps2.engine.build"])
         self._folder = tempfile.TemporaryDirectory()
         self._pipe, far = context.Pipe()
         self._ranks = [
-            context.Process(target=_rank, args=(rank, config, f"{self._folder.name}/store", far), daemon=True)
+            context.Process(
+                target=_rank, args=(rank, config, f"{self._folder.name}/store", far, metered), daemon=True
+            )
             for rank in range(parallel.world_size)
         ]
         for rank in self._ranks:
@@ -125,23 +129,36 @@ class Ours:
         answer: Answer = self._pipe.recv()
         return answer
 
-    def close(self) -> None:
+    def close(self) -> list[list[Note]]:
+        """Ends the ranks. Of metered ones: each rank's notes, a prompt after the other as they were run."""
         self._pipe.send(None)
+        notes: list[list[Note]] = self._pipe.recv() if self._metered else []
         for rank in self._ranks:
             rank.join(20)
             rank.kill()
         self._folder.cleanup()
+        return notes
 
 
-def _rank(rank: int, config: EngineConfig, store: str, pipe: Connection) -> None:
+def _rank(rank: int, config: EngineConfig, store: str, pipe: Connection, metered: bool) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=config.parallel.world_size
     )
     engine = build_engine(config)
-    if not engine.is_leader:
+    meter = Meter(engine) if metered else None
+    if engine.is_leader:
+        _lead(engine, config, pipe)
+    else:
         engine.follow()
-        return
+    if meter:
+        notes = engine.gather(meter.notes)
+        if engine.is_leader:
+            pipe.send(notes)
+
+
+def _lead(engine: Engine, config: EngineConfig, pipe: Connection) -> None:
+    """Rank 0: runs what comes through the pipe until it is None."""
     model, element_size = engine.model, getattr(torch, config.dtype).itemsize
     per_token = 2 * model.num_layers * model.num_query_groups * model.head_dim * element_size
     pipe.send(engine.kv_bytes / (per_token * config.max_model_len))
