@@ -49,6 +49,7 @@ class Asked:
             peer.setting,
             *flags,
         ]
+        log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log.open("a")
         self._process = subprocess.Popen(
             command,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megatron_sps2.attention.huge_pages import prefer_huge_pages
 from megatron_sps2.config import CacheConfig, KVCacheFull
 
 
@@ -63,6 +64,8 @@ class KVCache:
         shape = (num_kv_heads, config.tokens_per_rank, head_dim)
         self._keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self._values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        for slots in (*self._keys, *self._values):
+            prefer_huge_pages(slots)
         self._tables: dict[int, BlockTable] = {}
         self._swapped: dict[int, _Swapped] = {}
 

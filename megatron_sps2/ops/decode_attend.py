@@ -5,13 +5,14 @@ All heads share each call, as a call costs microseconds; what a head gives does 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 # Keys that are made fp32 at a time: they should stay in the cache until they are multiplied.
-CONVERTED_KEYS = 1024
+CONVERTED_KEYS = 4096
 
 
 def attend_few(
@@ -21,37 +22,55 @@ def attend_few(
 
     Copies no key or value where `k[:, b, h]` is a run of memory, as in a cache laid out `[n_kv, slots, d]`.
     """
-    group, sq = q.shape[2] // k.shape[2], len(q)
-    out, lse = q.new_zeros(q.shape), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+    sq = len(q)
     # Queries i < -diagonal see no key, and keys from `end` on are seen by none.
     blind = 0 if diagonal is None else min(sq, max(0, -diagonal))
     end = len(k) if diagonal is None else min(len(k), max(0, sq + diagonal))
-    values = v if isinstance(v, Tensor) else None
-    for entry in range(q.shape[1] if end and blind < sq else 0):
-        # [n_kv, rows, d]: the queries that share a KV head are the rows of one matmul.
-        rows = q[blind:, entry].unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)
-        scores = _scores(rows, k[:end, entry], scale)
-        if diagonal is not None:
-            _hide(scores.unflatten(1, (-1, group)), diagonal + blind)
-        if values is None:
-            values = v()  # type: ignore[operator]
-        part, part_lse = _weigh(scores, values[:end, entry])
-        out[blind:, entry] = part.unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)
-        lse[blind:, entry] = part_lse.unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)
-    if values is None:
-        v()  # type: ignore[operator]  # whoever sends the values counts on the call
+    if not end or blind == sq:
+        if not isinstance(v, Tensor):
+            v()  # whoever sends the values counts on the call
+        return q.new_zeros(q.shape), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+    values = functools.cache(lambda: v if isinstance(v, Tensor) else v())
+    seen = None if diagonal is None else diagonal + blind
+    found = [
+        _attend_entry(q[blind:, i], k[:end, i], lambda i=i: values()[:end, i], scale, seen)  # type: ignore[misc]
+        for i in range(q.shape[1])
+    ]
+    out, lse = (
+        found[0] if len(found) == 1 else (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    )
+    if blind:
+        out = torch.cat((q.new_zeros(blind, *q.shape[1:]), out))
+        lse = torch.cat((lse.new_full((blind, *q.shape[1:3]), -torch.inf), lse))
     return out, lse
+
+
+def _attend_entry(
+    q: Tensor, k: Tensor, values: Callable[[], Tensor], scale: float, diagonal: int | None
+) -> tuple[Tensor, Tensor]:
+    """q `[sq, n, d]`, k and values() `[sk, n_kv, d]` -> out `[sq, 1, n, d]`, lse `[sq, 1, n]`."""
+    sq, num_heads, dim = q.shape
+    group = num_heads // k.shape[1]
+    # [n_kv, rows, d]: the queries that share a KV head are the rows of one matmul.
+    rows = q.view(sq, -1, group, dim).transpose(0, 1).reshape(-1, sq * group, dim)
+    scores = _scores(rows, k, scale)
+    if diagonal is not None:
+        _hide(scores.unflatten(1, (-1, group)), diagonal)
+    out, lse = _weigh(scores, values())
+    out = out.view(-1, sq, group, dim).transpose(0, 1).reshape(sq, 1, num_heads, dim)
+    return out, lse.view(-1, sq, group).transpose(0, 1).reshape(sq, 1, num_heads)
 
 
 def _scores(rows: Tensor, keys: Tensor, scale: float) -> Tensor:
     """`[n_kv, r, d]`, `[sk, n_kv, d]` -> scaled scores `[n_kv, r, sk]` in fp32.
 
-    A bf16 matmul would round its fp32 sums to bf16, too coarse for an exponent, and be no faster for so few rows.
+    A bf16 matmul would round its fp32 sums to bf16, too coarse for an exponent; for few rows it is no faster.
     """
     rows, heads = rows.float() * scale, keys.transpose(0, 1)
     if keys.dtype == torch.float32:
         return torch.bmm(rows, heads.transpose(1, 2))
-    parts = [torch.bmm(rows, part.float().transpose(1, 2)) for part in heads.split(CONVERTED_KEYS, dim=1)]
+    pieces = heads.tensor_split(-(-len(keys) // CONVERTED_KEYS), dim=1)
+    parts = [torch.bmm(rows, piece.float().transpose(1, 2)) for piece in pieces]
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
