@@ -20,12 +20,18 @@ CONVERTED := $(CHECKPOINT)/latest_checkpointed_iteration.txt
 
 PORT ?= 8000
 
-.PHONY: help venv venv-test model demo serve lint test clean
+# make bench: a Mooncake trace (github.com/kvcache-ai/Mooncake), a text that its prompts are cut from, where files go.
+MOONCAKE ?= mooncake_conversation_trace.jsonl
+TEXT ?= README.md
+RESULTS := benchmarks/evaluation
+
+.PHONY: help venv venv-test model demo serve lint test bench clean
 
 help:
 	@echo "make demo   set up, fetch SmolLM2, answer a question about a long text on 2 ranks"
 	@echo "make serve  set up, fetch SmolLM2, serve it on 2 ranks: http://127.0.0.1:$(PORT)/"
 	@echo "make test   set up, fetch SmolLM2, lint, types, import floors, tests"
+	@echo "make bench  measure for about two hours and rewrite docs/evaluation.md: MOONCAKE=TRACE TEXT=FILE"
 	@echo "make venv | venv-test | model | lint | clean"
 
 venv: .venv/.installed
@@ -69,6 +75,21 @@ lint: venv-test
 test: venv-test model lint
 	$(BIN)/python -m pytest -m "not busy" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m busy
+
+# Wants the machine for itself. Each part can be run alone; the last line makes the page of what is there.
+bench: venv-test model
+	mkdir -p $(RESULTS)
+	if test -f "$(MOONCAKE)"; then $(BIN)/sps2 bench compare --checkpoint "$(CHECKPOINT)" --sp 2 --dtype bfloat16 \
+		--trace "$(MOONCAKE)" --trace-format mooncake --num-requests 30 --length-scale 0.0625 --loads 14,8,4 --rounds 2 \
+		--settings sps2-csa,sps2-exact,sarathi-512,sarathi-2048 --text "$(TEXT)" --kv-cache-gib 0.5 \
+		--json $(RESULTS)/mooncake.json --html $(RESULTS)/mooncake.html; \
+	else echo "the trace is left out: MOONCAKE=$(MOONCAKE) is not there"; fi
+	$(BIN)/python -m benchmarks.peers.install
+	$(BIN)/python -m benchmarks.peers.run --json $(RESULTS)/peers.json
+	$(BIN)/python -m benchmarks.simulator_error --json $(RESULTS)/simulator_error.json
+	$(BIN)/python -m benchmarks.scaling --json $(RESULTS)/scaling.json --figures docs/figures
+	$(BIN)/python -m benchmarks.simulated_clusters --figures docs/figures
+	$(BIN)/python -m benchmarks.evaluation
 
 clean:
 	rm -rf .venv build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
