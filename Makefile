@@ -22,7 +22,7 @@ PORT ?= 8000
 
 # make bench: a Mooncake trace (github.com/kvcache-ai/Mooncake), a text that its prompts are cut from, where files go.
 MOONCAKE ?= mooncake_conversation_trace.jsonl
-TEXT ?= README.md
+TEXT ?= text.txt
 RESULTS := benchmarks/evaluation
 
 .PHONY: help venv venv-test model demo serve lint test bench clean
@@ -80,7 +80,7 @@ test: venv-test model lint
 bench: venv-test model
 	mkdir -p $(RESULTS)
 	if test -f "$(MOONCAKE)"; then $(BIN)/sps2 bench compare --checkpoint "$(CHECKPOINT)" --sp 2 --dtype bfloat16 \
-		--trace "$(MOONCAKE)" --trace-format mooncake --num-requests 30 --length-scale 0.0625 --loads 14,8,4 --rounds 2 \
+		--trace "$(MOONCAKE)" --trace-format mooncake --num-requests 32 --length-scale 0.0625 --arrivals poisson --request-rate 0.8 --loads 4,2,1 --rounds 2 \
 		--settings sps2-csa,sps2-exact,sarathi-512,sarathi-2048 --text "$(TEXT)" --kv-cache-gib 0.5 \
 		--json $(RESULTS)/mooncake.json --html $(RESULTS)/mooncake.html; \
 	else echo "the trace is left out: MOONCAKE=$(MOONCAKE) is not there"; fi

@@ -151,12 +151,12 @@ WRITERS: dict[str, Callable[[Any], str]] = {
 def fill(page: str, tables: dict[str, str]) -> str:
     """The page with these tables in their places. Raises ValueError for a table that has no place."""
     for name, text in tables.items():
-        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not place.search(page):
+        place = re.search(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", page, re.DOTALL)
+        if not place:
             raise ValueError(
                 f"the page has no <!-- {name} --> ... <!-- end -->; add it where the table belongs"
             )
-        page = place.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)
+        page = f"{page[: place.start()]}{text}\n{page[place.end() :]}"
     return page
 
 

@@ -1,10 +1,12 @@
 """`sps2 bench compare` without servers: names of settings, turns, ratios."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from megatron_sps2.bench.arrivals import ArrivalConfig
 from megatron_sps2.bench.ratios import Measured, ratios, ratios_to_bases
 from megatron_sps2.bench.setting import (
     fitting_layouts,
@@ -137,6 +139,31 @@ def test_a_load_stretches_arrivals_and_nothing_else() -> None:
     assert [len(ask.prompt) for ask in by_load[2.0]] == [len(ask.prompt) for ask in by_load[1.0]]
 
 
+@pytest.mark.parametrize("kind", ["trace", "poisson", "constant"])
+def test_a_load_divides_a_rate_that_is_given(kind: str) -> None:
+    rated = schedule(arrivals=ArrivalConfig(kind=kind, request_rate=0.5, seed=3))
+    ends = {
+        (each.round, each.load): session(rated, each, "").times()[-1] for each in replays(rated, trace(9))
+    }
+    for number in range(3):
+        assert ends[number, 1.0] == pytest.approx(4.0)  # 3 requests at 0.5 a second
+        assert ends[number, 2.0] == pytest.approx(8.0)
+
+
+def test_rounds_have_arrivals_of_their_own_and_settings_the_same() -> None:
+    rated = schedule(arrivals=ArrivalConfig(kind="poisson", request_rate=0.5, seed=3))
+    times = [session(rated, each, "").times() for each in replays(rated, trace(9)) if each.load == 1.0]
+    assert len({tuple(each) for each in times}) == len(times) == 3
+
+
+def test_loads_of_requests_that_all_come_at_once_are_refused() -> None:
+    at_once = [replace(each, arrival_s=0.0) for each in trace(6)]
+    with pytest.raises(ValueError, match="all requests come at once"):
+        list(replays(schedule(), at_once))
+    rated = schedule(arrivals=ArrivalConfig(kind="poisson", request_rate=1.0))
+    assert len(list(replays(rated, at_once))) == 6
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -144,6 +171,7 @@ def test_a_load_stretches_arrivals_and_nothing_else() -> None:
         ({"loads": [1.0, 1.0]}, "each once"),
         ({"num_rounds": 0}, "--rounds 0 must be at least 1"),
         ({"num_warmups": -1}, "--num-warmups -1"),
+        ({"arrivals": ArrivalConfig(kind="closed")}, "closed arrivals have one load"),
     ],
 )
 def test_a_schedule_that_cannot_be_run_is_refused(changes: dict[str, Any], says: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -151,6 +152,19 @@ def test_a_text_is_cut_by_hash_id() -> None:
     steps = {(late - early) % 2000 for early, late in zip(one.prompt[:512], one.prompt[1:512], strict=False)}
     assert steps == {1}  # in the text's order, from its end on to its start
     assert set(one.prompt) <= set(corpus)
+
+
+def test_a_text_is_read_on_where_hash_ids_count_on() -> None:
+    corpus = list(range(5000))
+    first, second = build([plan(7, 8, 9, 40), plan(7, 8, 90)], WorkloadConfig(length_scale=0.1), corpus)
+    steps = [(late - early) % 5000 for early, late in itertools.pairwise(first.prompt)]
+    assert steps[:153] == [1] * 153 and steps[153] != 1  # 40 begins elsewhere
+    assert first.prompt[:102] == second.prompt[:102] and first.prompt[102] != second.prompt[102]
+
+
+def test_a_text_shorter_than_a_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match="the text has 1000 tokens and the longest prompt 1024"):
+        build([plan(1, 2)], WorkloadConfig(), list(range(1000)))
 
 
 def test_times_and_lengths_are_scaled() -> None:

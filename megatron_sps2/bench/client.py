@@ -19,6 +19,8 @@ from megatron_sps2.bench.record import Record
 from megatron_sps2.bench.workload import Ask
 
 MAX_ERROR_CHARS = 300
+# How an answer may end; with any other reason it was cut.
+WHOLE = ("stop", "length")
 PROBE_S = 30.0
 
 
@@ -99,7 +101,12 @@ async def ask_served(base_url: str, model: str | None = None, api_key: str = "")
         return Served(model, None)
     if answer.status_code != 200:
         raise OSError(f"{base_url}/v1/models answers {answer.status_code}: {answer.text[:MAX_ERROR_CHARS]}")
-    lengths = {each["id"]: each.get("max_model_len") for each in answer.json().get("data", [])}
+    try:
+        lengths = {each["id"]: each.get("max_model_len") for each in answer.json()["data"]}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise OSError(
+            f"{base_url}/v1/models is no list of models ({_said(error)}); check --base-url"
+        ) from error
     if not lengths or model not in (None, *lengths):
         names = ", ".join(lengths) or "none"
         raise ValueError(f"model {model!r} is not served at {base_url}; use one of those that are: {names}")
@@ -149,7 +156,8 @@ def _http(base_url: str, api_key: str) -> httpx2.AsyncClient:
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+    # Idle connections are given up before servers close them (uvicorn: 5 s): no request meets a closing one.
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
     return httpx2.AsyncClient(base_url=f"{root}/", headers=headers, limits=limits, timeout=None)
 
 
@@ -170,7 +178,7 @@ async def _send(
                 await _read(answer, record, start)
     except TimeoutError:
         record.error = f"not done within {endpoint.timeout_s:g} s"
-    except (httpx2.HTTPError, OSError, msgspec.MsgspecError) as error:
+    except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL, OSError, msgspec.MsgspecError) as error:
         record.error = _said(error)
     record.end_s = time.perf_counter() - start
 
@@ -185,11 +193,14 @@ async def _read(answer: httpx2.Response, record: Record, start: float) -> None:
         if chunk.error is not None:
             record.error = str(chunk.error)[:MAX_ERROR_CHARS]
             return
-        is_whole |= any(choice.finish_reason for choice in chunk.choices)
         _note(chunk, record, now - start)
+        for reason in filter(None, (choice.finish_reason for choice in chunk.choices)):
+            is_whole = True
+            if reason not in WHOLE:
+                record.error = f"the answer ended with {reason!r} after {sum(record.chunk_tokens)} tokens"
     if not is_whole:
         record.error = f"the stream broke off after {sum(record.chunk_tokens)} tokens"
-    elif not record.chunk_times:
+    elif not record.chunk_times and not record.error:
         record.error = "the answer has no token"
     record.num_output_tokens = record.num_output_tokens or sum(record.chunk_tokens)
 

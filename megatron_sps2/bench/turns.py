@@ -7,6 +7,7 @@ the client and the fleet, not what is made of the records.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -24,7 +25,7 @@ class Schedule:
     """What is replayed: each load in each round, by every setting."""
 
     settings: Sequence[str]
-    loads: Sequence[float]  # times of arrival are multiplied by them: 4 is a quarter of the load of 1
+    loads: Sequence[float]  # times between arrivals are multiplied by them: 4 is a quarter of the load of 1
     num_rounds: int
     workload: WorkloadConfig  # its time_scale is the load's
     arrivals: ArrivalConfig = field(default_factory=ArrivalConfig)
@@ -41,6 +42,10 @@ class Schedule:
                 )
         if not self.loads or len(set(self.loads)) < len(self.loads):
             raise ValueError(f"--loads {list(self.loads)} must name at least one, and each once")
+        if len(self.loads) > 1 and self.arrivals.kind == "closed":
+            raise ValueError(
+                f"--loads {list(self.loads)}: closed arrivals have one load; give --request-rate"
+            )
         if self.num_rounds < 1:
             raise ValueError(f"--rounds {self.num_rounds} must be at least 1")
         if self.num_warmups < 0:
@@ -72,6 +77,10 @@ class Replay:
 
 def replays(schedule: Schedule, planned: Sequence[Planned]) -> Iterator[Replay]:
     """All of them, loads within rounds."""
+    if len(schedule.loads) > 1 and schedule.arrivals.request_rate == math.inf and _at_once(planned):
+        raise ValueError(
+            f"--loads {list(schedule.loads)}: all requests come at once; give a --request-rate to scale"
+        )
     for number, part in enumerate(parts(planned, schedule.num_rounds)):
         for index, load in enumerate(schedule.loads):
             yield Replay(
@@ -86,15 +95,20 @@ def replays(schedule: Schedule, planned: Sequence[Planned]) -> Iterator[Replay]:
 def session(
     schedule: Schedule, replay: Replay, base_url: str, corpus: Sequence[int] | None = None
 ) -> Session:
-    """What one turn sends."""
+    """What one turn sends. A load is a rate, where one is given; rounds have arrivals of their own."""
+    rate, seed = schedule.arrivals.request_rate, schedule.arrivals.seed
     return Session(
         endpoint=Endpoint(base_url=base_url, model=schedule.model, timeout_s=schedule.timeout_s),
         planned=replay.planned,
         workload=replace(schedule.workload, time_scale=replay.load),
-        arrivals=schedule.arrivals,
+        arrivals=replace(schedule.arrivals, request_rate=rate / replay.load, seed=seed + replay.round),
         corpus=corpus,
         max_concurrency=schedule.max_concurrency,
     )
+
+
+def _at_once(planned: Sequence[Planned]) -> bool:
+    return len({each.arrival_s for each in planned}) <= 1
 
 
 def parts(planned: Sequence[Planned], count: int) -> list[list[Planned]]:

@@ -5,7 +5,7 @@ Equal hash ids give equal tokens, so that prefixes are shared as in the trace. K
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,7 +57,9 @@ def build(
     planned: Sequence[Planned], config: WorkloadConfig, corpus: Sequence[int] | None = None
 ) -> list[Ask]:
     """`planned`, scaled and clipped, with prompts: slices of `corpus`, or random ids without one."""
-    source = None if corpus is None else _checked(corpus)
+    fitted = scaled(planned, config)
+    longest = max((each.num_prompt_tokens for each in fitted), default=0)
+    source = None if corpus is None else _checked(corpus, longest)
     return [
         Ask(
             index=i,
@@ -65,7 +67,7 @@ def build(
             prompt=_prompt(each, i, config, source),
             num_output_tokens=each.num_output_tokens,
         )
-        for i, each in enumerate(scaled(planned, config))
+        for i, each in enumerate(fitted)
     ]
 
 
@@ -92,24 +94,52 @@ def _clipped(one: Planned, max_model_len: int | None) -> Planned:
     return replace(one, num_prompt_tokens=max_model_len - num_output, num_output_tokens=num_output)
 
 
-def _checked(corpus: Sequence[int]) -> np.ndarray:
-    if not len(corpus):
-        raise ValueError("the text has no tokens; give a longer text")
+def _checked(corpus: Sequence[int], longest: int) -> np.ndarray:
+    if len(corpus) < longest:
+        raise ValueError(
+            f"the text has {len(corpus)} tokens and the longest prompt {longest}; no prompt may repeat it: "
+            "give a longer text"
+        )
     return np.asarray(corpus, dtype=np.int64)
 
 
 def _prompt(one: Planned, index: int, config: WorkloadConfig, corpus: np.ndarray | None) -> list[int]:
     if not one.hash_ids:
         return _draw((config.seed, _OWN, index), one.num_prompt_tokens, config.vocab_size, corpus).tolist()
-    # Scaled by its bounds, so that rounding never makes a block of the trace too long or too short.
-    bounds = [round(i * BLOCK_TOKENS * config.length_scale) for i in range(len(one.hash_ids) + 1)]
+    if corpus is not None:
+        return _cut(one, config, corpus)
     size = int(np.ceil(BLOCK_TOKENS * config.length_scale))
     blocks = [
-        _draw((config.seed, _BLOCKS, hash_id), size, config.vocab_size, corpus)[: end - start]
-        for hash_id, start, end in zip(one.hash_ids, bounds, bounds[1:], strict=False)
-        if start < one.num_prompt_tokens
+        _draw((config.seed, _BLOCKS, hash_id), size, config.vocab_size, None)[: end - start]
+        for hash_id, start, end in _blocks(one, config)
     ]
     return np.concatenate(blocks)[: one.num_prompt_tokens].tolist()
+
+
+def _blocks(one: Planned, config: WorkloadConfig) -> Iterator[tuple[int, int, int]]:
+    """(hash id, first token, end) of each block that the prompt reaches.
+
+    Scaled by its bounds, so that rounding never makes a block of the trace too long or too short.
+    """
+    bounds = [round(i * BLOCK_TOKENS * config.length_scale) for i in range(len(one.hash_ids) + 1)]
+    for hash_id, start, end in zip(one.hash_ids, bounds, bounds[1:], strict=False):
+        if start < one.num_prompt_tokens:
+            yield hash_id, start, end
+
+
+def _cut(one: Planned, config: WorkloadConfig, corpus: np.ndarray) -> list[int]:
+    """A prompt that reads on in the text as long as its hash ids count on.
+
+    An id stands for all of the prompt up to its block's end, so the block before an id is always the same one
+    and equal ids still have equal tokens.
+    """
+    pieces, last_id, place = list[np.ndarray](), -2, 0
+    for hash_id, start, end in _blocks(one, config):
+        if hash_id != last_id + 1:
+            place = int(np.random.default_rng((config.seed, _BLOCKS, hash_id)).integers(len(corpus)))
+        pieces.append(np.arange(place, place + end - start) % len(corpus))
+        last_id, place = hash_id, place + end - start
+    return corpus[np.concatenate(pieces)[: one.num_prompt_tokens]].tolist()
 
 
 def _draw(key: tuple[int, ...], size: int, vocab_size: int, corpus: np.ndarray | None) -> np.ndarray:

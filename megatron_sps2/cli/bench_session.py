@@ -93,9 +93,20 @@ def arrivals(args: argparse.Namespace) -> ArrivalConfig:
     kind = args.arrivals or ("trace" if args.request_rate == math.inf else rated)
     if kind == "closed" and args.max_concurrency is None:
         raise ValueError("--arrivals closed needs a number of requests at once; give --max-concurrency")
+    for flag, given, kinds in (
+        ("--burstiness", args.burstiness != 1, ("gamma",)),
+        ("--request-rate", args.request_rate != math.inf, ("trace", "poisson", "gamma", "constant")),
+        ("--time-scale", args.time_scale != 1 and args.request_rate != math.inf, ()),
+    ):
+        if given and kind not in kinds:
+            raise ValueError(f"{flag} says nothing beside {_beside(kind, args.request_rate)}; leave one out")
     return ArrivalConfig(
         kind=kind, request_rate=args.request_rate, burstiness=args.burstiness, seed=args.seed
     )
+
+
+def _beside(kind: str, rate: float) -> str:
+    return f"--arrivals {kind}" + ("" if rate == math.inf else f" --request-rate {rate:g}")
 
 
 def warm_up(args: argparse.Namespace, session: Session) -> None:
