@@ -40,8 +40,9 @@ def compared(found: dict[str, Any]) -> str:
 
 
 def _facts(found: dict[str, Any]) -> str:
-    torch = found["versions"]["torch"]
-    return f"Commit {found['commit'][:7]}, {found['hardware']}, torch {torch}:\n\n    {found['command']}"
+    commit, _, changes = (found["commit"] or "unknown").partition(" ")
+    about = f"Commit {commit[:7]} {changes}".strip()
+    return f"{about}, {found['hardware']}, torch {found['versions']['torch']}:\n\n    {found['command']}"
 
 
 def _measured(found: dict[str, Any]) -> str:
@@ -56,11 +57,15 @@ def _measured(found: dict[str, Any]) -> str:
             each["setting"],
             f"{each['completed']} of {each['completed'] + each['failed']}",
         ]
-        row += [f"{each[f'{s}_{n}_ms'] / 1e3:.3g}" for n in ("ttft", "e2el") for s in STATISTICS]
-        row += [f"{each[f'{s}_itl_ms']:.0f}" for s in STATISTICS]
+        row += [_seconds(each[f"{s}_{n}_ms"]) for n in ("ttft", "e2el") for s in STATISTICS]
+        row += ["-" if each[f"{s}_itl_ms"] is None else f"{each[f'{s}_itl_ms']:.0f}" for s in STATISTICS]
         row += [f"{each[f'{n}_throughput_busy']:.3g}" for n in ("prefill", "decode")]
         rows.append(row)
     return table(header, rows)
+
+
+def _seconds(milliseconds: float | None) -> str:
+    return "-" if milliseconds is None else f"{milliseconds / 1e3:.3g}"
 
 
 def _ratios(found: dict[str, Any], load: str) -> str:
@@ -82,7 +87,9 @@ def _ratios(found: dict[str, Any], load: str) -> str:
     return f"{title}\n\n{table(['', 'paper, at most', *settings], rows)}"
 
 
-def _times(ratio: dict[str, float]) -> str:
+def _times(ratio: dict[str, float | None]) -> str:
+    if ratio["ratio"] is None:
+        return "-"
     return f"{ratio['ratio']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
 
@@ -116,8 +123,15 @@ def peers(found: dict[str, Any]) -> str:
                 for workload, by_peer in found[phase]["results"].items()
             }
             ours = {each["ours"] for each in found[phase]["ratios"]}
-            parts += [times_table(cells, {}), ratios_table(ratios(cells, sorted(ours)))]
+            parts += [times_table(cells, _decoded(found["flags"])), ratios_table(ratios(cells, sorted(ours)))]
     return "\n\n".join(parts)
+
+
+def _decoded(flags: dict[str, Any]) -> dict[str, int]:
+    """Tokens of the workload that is told as a rate too, by its name."""
+    return {
+        f"{flags['decodes']} decodes at {flags['decode_context']}": flags["decodes"] * flags["decode_tokens"]
+    }
 
 
 def simulator_error(found: list[dict[str, Any]]) -> str:
@@ -142,7 +156,6 @@ def simulator_error(found: list[dict[str, Any]]) -> str:
 
 WRITERS: dict[str, Callable[[Any], str]] = {
     "mooncake": compared,
-    "mooncake_long": compared,
     "peers": peers,
     "simulator_error": simulator_error,
 }

@@ -168,6 +168,13 @@ class CsaSetting:
         return fmean(shares) if shares else fmean(degree**-power for degree in self.degrees[1:])
 
     @property
+    def whole_tokens(self) -> int:
+        """Prompts up to this length keep every key: of one segment, or few, whose windows reach the sinks."""
+        if self.selector == "dilated":  # has neither
+            return self.segment_size
+        return (1 + (self.num_sinks + self.window) // self.segment_size) * self.segment_size
+
+    @property
     def break_even_tokens(self) -> int:
         """The cost model of --attention auto: from this length on CSA is worth its approximation.
 

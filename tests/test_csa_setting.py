@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sps2.config import ModelConfig
+from megatron_sps2.attention.strategy import wants_csa
+from megatron_sps2.config import AttentionConfig, ModelConfig
 from megatron_sps2.csa_setting import (
     CALIBRATION_NAME,
     PRESETS,
@@ -250,3 +251,14 @@ def test_only_the_scored_selector_with_a_floor_is_adaptive() -> None:
     assert CsaSetting(floor=0.9).is_adaptive and CsaSetting(floors=FLOORS).is_adaptive
     assert not CsaSetting().is_adaptive and not CsaSetting(densities=(((0.5,),),)).is_adaptive
     assert not CsaSetting(selector="strided", floor=0.9).is_adaptive
+
+
+@pytest.mark.parametrize(
+    ("num_sinks", "window", "whole"),
+    [(4, 512, 1024), (0, 512, 1024), (4, 507, 512), (4, 508, 1024), (0, 0, 512), (4, 1024, 1536)],
+)
+def test_prompts_that_would_keep_every_key_run_exactly(num_sinks: int, window: int, whole: int) -> None:
+    setting = CsaSetting(segment_size=512, num_sinks=num_sinks, window=window)
+    assert setting.whole_tokens == whole
+    assert not wants_csa("csa", AttentionConfig(), setting, whole, 0)
+    assert wants_csa("csa", AttentionConfig(), setting, whole + 1, 0)

@@ -52,12 +52,11 @@ def deepspeed(_: str) -> Callable[[int], Layer]:
 
     deepspeed.init_distributed("gloo")
 
-    def sdpa(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out.permute(2, 0, 1, 3).contiguous()
+    def flash(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+        out, _ = _flash_on_cpu(*(x.transpose(0, 1) for x in (q, k, v)))
+        return out.transpose(0, 1).contiguous()
 
-    layer = DistributedAttention(sdpa, dist.group.WORLD, scatter_idx=2, gather_idx=0)
+    layer = DistributedAttention(flash, dist.group.WORLD, scatter_idx=2, gather_idx=0)
     return lambda num_tokens: lambda q, k, v: layer(q, k, v, 1)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 def prefer_huge_pages(memory: Tensor) -> bool:
     """Whether Linux was asked; elsewhere, or where it refuses, pages stay small and nothing else changes.
 
-    Call before the first write: pages are chosen then. Reading keys and values is a fifth to a third faster.
+    Call before the first write: pages are chosen then. Reading keys and values is a fifth to a third faster,
+    and memory is taken 2 MiB at a time, so a cache is all there sooner than its blocks are used.
     """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is None or memory.device.type != "cpu":

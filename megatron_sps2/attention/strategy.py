@@ -47,10 +47,10 @@ def wants_csa(
 ) -> bool:
     """Whether a prompt of num_tokens runs with CSA. The same on any number of ranks.
 
-    A prompt of one segment has no far keys, and one that follows a cached context is exact: CSA has no place
-    for it.
+    A prompt whose sinks and windows are all of its past would keep every key, and is sooner done exactly. One
+    that follows a cached context is exact: CSA has no place for it.
     """
-    if mode == "exact" or num_past or num_tokens <= setting.for_prompt(num_tokens).segment_size:
+    if mode == "exact" or num_past or num_tokens <= setting.for_prompt(num_tokens).whole_tokens:
         return False
     return mode == "csa" or num_tokens >= (attention.csa_min_tokens or setting.break_even_tokens)
 

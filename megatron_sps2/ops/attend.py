@@ -36,7 +36,7 @@ def attend(q: Tensor, k: Tensor, v: Values, *, scale: float, diagonal: int | Non
 def choose(q: Tensor, k: Tensor) -> Attend:
     """The implementation for these tensors."""
     few = q.shape[0] * q.shape[2] <= FEW_ROWS * k.shape[2]
-    # bf16 keys are attended where they lie only by oneDNN on CPU: how it adds is known (see decode_attend).
+    # bf16 keys are attended where they lie on CPU alone, where they are made fp32 a piece at a time.
     in_place = q.dtype == torch.float32 or (q.device.type == "cpu" and fast_bf16(q))
     return attend_few if few and in_place else attend_blocked
 
