@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_sps2.cli.main import main
+from megatron_sps2.cli.serve_arguments import add_serve, schedule_config
 from megatron_sps2.config import CacheConfig, ModelConfig, ParallelConfig, ScheduleConfig
 from megatron_sps2.engine.plan import StepPlan
 from megatron_sps2.simulator.arrivals import Arrival, make_request
@@ -288,6 +290,15 @@ def test_a_model_that_fits_nowhere_is_refused() -> None:
 def test_a_setting_that_means_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="'sarathi' is not known; use names such as sps2-exact"):
         Setting.parse("sarathi")
+
+
+@pytest.mark.parametrize("name", ["sps2-exact", "sarathi-512", "fcfs"])
+def test_a_setting_is_what_serve_does_where_nothing_is_said(name: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_serve(parser.add_subparsers(), "serve")
+    setting = Setting.parse(name)
+    args = parser.parse_args(["serve", "--load", "x", "--policy", setting.policy, "--max-num-seqs", "64"])
+    assert setting.schedule(64) == schedule_config(args)
 
 
 def test_the_commands_write_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

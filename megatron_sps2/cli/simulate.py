@@ -41,17 +41,23 @@ def _read(args: argparse.Namespace) -> tuple[Deployment, list[Any]]:
                 "use --attention exact, or another policy"
             )
     planned = read_planned(args, args.max_model_len or model.max_seq_len)
+    schedule = schedule_config(args)
     deployment = Deployment(
         model=model,
         profile=load_profile(args.profile),
         parallel=parallel,
-        setting=Setting(name=args.policy, policy=args.policy, attention=args.attention),
+        setting=Setting(
+            name=args.policy,
+            policy=args.policy,
+            chunk=schedule.max_num_batched_tokens,
+            attention=args.attention,
+        ),
         longest=args.max_model_len or longest_of(planned),
         dtype=args.dtype,
         max_num_seqs=args.max_num_seqs,
         csa=csa,
         csa_beyond=args.csa_density,
-        schedule=schedule_config(args),
+        schedule=schedule,
         num_blocks=args.num_kv_blocks,
     )
     return deployment, planned

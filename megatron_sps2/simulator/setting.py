@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sps2.config import AttentionMode, PolicyName, ScheduleConfig
+from megatron_sps2.config import BATCHED_TOKENS, AttentionMode, PolicyName, ScheduleConfig
 
 EXAMPLES = ("sps2-exact", "sps2-csa", "sarathi-512", "fcfs")
 # What `sps2 serve` does where nothing is said.
 SHORT_PROMPT_TOKENS = 512
-BATCHED_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,8 +17,8 @@ class Setting:
 
     name: str
     policy: PolicyName
+    chunk: int  # tokens of a step: sarathi's chunk
     attention: AttentionMode = "exact"
-    chunk: int = BATCHED_TOKENS  # tokens of a step: sarathi's chunk
 
     @classmethod
     def parse(cls, name: str) -> Setting:
@@ -27,11 +26,13 @@ class Setting:
         policy, _, rest = name.partition("-")
         if policy == "sps2" and rest in ("exact", "csa", "auto", ""):
             modes: dict[str, AttentionMode] = {"csa": "csa", "auto": "auto"}
-            return cls(name=name, policy="sps2", attention=modes.get(rest, "exact"))
+            return cls(
+                name=name, policy="sps2", chunk=BATCHED_TOKENS["sps2"], attention=modes.get(rest, "exact")
+            )
         if policy == "sarathi" and rest.isdecimal() and int(rest) > 0:
             return cls(name=name, policy="sarathi", chunk=int(rest))
         if name == "fcfs":
-            return cls(name=name, policy="fcfs")
+            return cls(name=name, policy="fcfs", chunk=BATCHED_TOKENS["fcfs"])
         raise ValueError(
             f"setting {name!r} is not known; use names such as {', '.join(EXAMPLES)}, the number being "
             "sarathi's chunk"
