@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_sps2.bench.trace import read_trace
+from megatron_sps2.bench.workload import WorkloadConfig, build
 from megatron_sps2.cli.main import main
+from megatron_sps2.cli.planned import read_planned
 from megatron_sps2.cli.serve_arguments import add_serve, schedule_config
 from megatron_sps2.config import CacheConfig, ModelConfig, ParallelConfig, ScheduleConfig
 from megatron_sps2.engine.plan import StepPlan
@@ -153,6 +156,22 @@ def test_prompts_with_equal_hash_ids_share_a_prefix() -> None:
     again, other = replace(first, arrival_s=30), replace(first, arrival_s=30, hash_ids=tuple(range(64, 128)))
     same, new = (run([first, each], prefix_caching=True).served[1].ttft for each in (again, other))
     assert same < new / 10
+
+
+def test_prompts_share_what_they_share_in_the_bench_whatever_their_lengths(tmp_path: Path) -> None:
+    rows = [(1400, (1, 2, 3)), (2000, (1, 2, 9, 10))]
+    lines = [
+        json.dumps({"timestamp": 0, "input_length": length, "output_length": 1, "hash_ids": hash_ids})
+        for length, hash_ids in rows
+    ]
+    (tmp_path / "trace").write_text("\n".join(lines))
+    asked: dict[str, Any] = {"trace": tmp_path / "trace", "trace_format": "mooncake", "num_requests": None}
+    args = argparse.Namespace(**asked, seed=0, time_scale=1.0, length_scale=0.05, request_rate=None)
+    mine = [make_request(each, i).prompt_ids for i, each in enumerate(read_planned(args, None))]
+    bench = build(read_trace(**asked), WorkloadConfig(length_scale=0.05, vocab_size=10**6))
+    for one, two in (mine, [each.prompt for each in bench]):
+        assert (len(one), len(two)) == (70, 100)
+        assert one[:51] == two[:51] and one[51] != two[51], "two blocks of 25.6 tokens"
 
 
 def planted(count: int = 400) -> list[Observation]:

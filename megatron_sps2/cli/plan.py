@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +12,7 @@ from rich.table import Table
 from megatron_sps2.cli.planned import STDOUT, longest_of, read_planned, write
 from megatron_sps2.config import ParallelConfig
 from megatron_sps2.csa_setting import load_setting
+from megatron_sps2.simulator.arrivals import Arrival
 from megatron_sps2.simulator.data_sheets import load_profile
 from megatron_sps2.simulator.deployment import Deployment
 from megatron_sps2.simulator.planner import Plan, Targets, Verdict, choose, why
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(args: argparse.Namespace) -> tuple[Deployment, list[Any]]:
+def _read(args: argparse.Namespace) -> tuple[Deployment, list[Arrival]]:
     model, profile = load_shape(args.model), load_profile(args.profile)
     if args.nodes < 1:
         raise ValueError(f"--nodes {args.nodes} must be at least 1")

@@ -12,6 +12,7 @@ from megatron_sps2.cli.planned import STDOUT, longest_of, read_planned, write
 from megatron_sps2.cli.serve_arguments import schedule_config
 from megatron_sps2.config import ParallelConfig
 from megatron_sps2.csa_setting import load_setting
+from megatron_sps2.simulator.arrivals import Arrival
 from megatron_sps2.simulator.data_sheets import load_profile
 from megatron_sps2.simulator.deployment import Deployment
 from megatron_sps2.simulator.setting import Setting
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(args: argparse.Namespace) -> tuple[Deployment, list[Any]]:
+def _read(args: argparse.Namespace) -> tuple[Deployment, list[Arrival]]:
     model = load_shape(args.model)
     parallel = ParallelConfig(dp_size=args.dp, sp_size=args.sp, tp_size=args.tp)
     parallel.check_model(model)

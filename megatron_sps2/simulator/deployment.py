@@ -9,7 +9,7 @@ from megatron_sps2.config import CacheConfig, DType, ModelConfig, ParallelConfig
 from megatron_sps2.csa_setting import PRESETS, CsaSetting
 from megatron_sps2.engine.auto_layout import GIB, USABLE
 from megatron_sps2.engine.rank_memory import RankMemory, rank_memory
-from megatron_sps2.simulator.arrivals import Planned
+from megatron_sps2.simulator.arrivals import Arrival
 from megatron_sps2.simulator.cost import CostModel
 from megatron_sps2.simulator.counter import Counter
 from megatron_sps2.simulator.profile import DeviceProfile
@@ -109,7 +109,7 @@ class Deployment:
         )
         return CostModel(profile=self.profile, counter=counter)
 
-    def run(self, planned: Sequence[Planned]) -> Outcome:
+    def run(self, planned: Sequence[Arrival]) -> Outcome:
         return simulate(self.setup, self.cost, planned, self.setting.attention)
 
     @property

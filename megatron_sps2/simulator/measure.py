@@ -14,7 +14,7 @@ import numpy as np
 from megatron_sps2.config import SamplingParams
 from megatron_sps2.engine.engine import Engine
 from megatron_sps2.engine.request import Request
-from megatron_sps2.simulator.arrivals import Planned
+from megatron_sps2.simulator.arrivals import Arrival
 from megatron_sps2.simulator.counter import Counter
 from megatron_sps2.simulator.fit import Observation
 from megatron_sps2.simulator.outcome import Served
@@ -46,7 +46,7 @@ class StepLog:
                 engine.release(each.request)
 
 
-def replay(engine: Engine, planned: Sequence[Planned], log: StepLog, seed: int = 0) -> list[Served]:
+def replay(engine: Engine, planned: Sequence[Arrival], log: StepLog, seed: int = 0) -> list[Served]:
     """Every request is added when it comes, or after the step that runs then, as the server does it."""
     rng, start = np.random.default_rng(seed), time.perf_counter()
     prompts = [_prompt(rng, engine, each.num_prompt_tokens) for each in planned]

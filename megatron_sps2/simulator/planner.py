@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_sps2.config import ModelConfig, ParallelConfig, divisors
-from megatron_sps2.simulator.arrivals import Planned
+from megatron_sps2.simulator.arrivals import Arrival
 from megatron_sps2.simulator.deployment import Deployment
 from megatron_sps2.simulator.setting import Setting
 
@@ -117,7 +117,7 @@ def choose(
     base: Deployment,
     settings: Sequence[Setting],
     num_devices: int,
-    planned: Sequence[Planned],
+    planned: Sequence[Arrival],
     targets: Targets,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Plan:
@@ -156,7 +156,7 @@ def why(plan: Plan) -> str:
     return text
 
 
-def _try(option: Deployment, planned: Sequence[Planned], targets: Targets) -> Verdict:
+def _try(option: Deployment, planned: Sequence[Arrival], targets: Targets) -> Verdict:
     if not option.memory.fits:
         return Verdict(option=option, result=None, why_not=f"does not fit: needs {option.memory} on a rank")
     result = option.run(planned).to_json()
