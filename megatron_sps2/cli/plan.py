@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 from rich.console import Console
@@ -23,8 +24,8 @@ SHOWN = 12
 
 
 def run(args: argparse.Namespace) -> int:
-    base, planned = _read(args)
     settings = [Setting.parse(name) for name in args.settings.split(",")]
+    base, planned = _read(args, settings)
     targets = Targets(ttft_ms=args.ttft_slo_ms, tbt_ms=args.tbt_slo_ms)
     num_devices = args.nodes * base.profile.devices_per_node
     plan = choose(
@@ -36,14 +37,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(args: argparse.Namespace) -> tuple[Deployment, list[Arrival]]:
+def _read(args: argparse.Namespace, settings: Sequence[Setting]) -> tuple[Deployment, list[Arrival]]:
     model, profile = load_shape(args.model), load_profile(args.profile)
     if args.nodes < 1:
         raise ValueError(f"--nodes {args.nodes} must be at least 1")
     if args.devices_per_node is not None:
         profile = replace(profile, devices_per_node=args.devices_per_node)
     csa = load_setting(args.csa_setting)
-    if "sps2-csa" in args.settings.split(","):
+    if any(each.attention != "exact" for each in settings):
         csa.check_model(model, "")
     planned = read_planned(args, args.longest or model.max_seq_len)
     base = Deployment(
@@ -54,14 +55,11 @@ def _read(args: argparse.Namespace) -> tuple[Deployment, list[Arrival]]:
         longest=args.longest or longest_of(planned),
         dtype=args.dtype,
         max_num_seqs=args.max_num_seqs,
+        tbt_slo_ms=args.tbt_slo_ms,
         csa=csa,
         csa_beyond=args.csa_density,
     )
     return base, planned
-
-
-def _hush(line: str) -> None:
-    pass
 
 
 def _tell(line: str) -> None:

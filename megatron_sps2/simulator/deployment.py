@@ -62,6 +62,7 @@ class Deployment:
     longest: int  # tokens of prompt and answer
     dtype: DType = "bfloat16"
     max_num_seqs: int = 64
+    tbt_slo_ms: float | None = None  # what sps2 aims for
     csa: CsaSetting = field(default_factory=lambda: PRESETS["default"])
     csa_beyond: float | None = None  # see attended.CsaKeys
     schedule: ScheduleConfig | None = None  # None: what the setting means
@@ -114,7 +115,7 @@ class Deployment:
 
     @property
     def _schedule(self) -> ScheduleConfig:
-        return self.schedule or self.setting.schedule(self.max_num_seqs)
+        return self.schedule or self.setting.schedule(self.max_num_seqs, self.tbt_slo_ms)
 
     @property
     def _csa(self) -> CsaSetting | None:

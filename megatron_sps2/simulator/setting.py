@@ -38,7 +38,8 @@ class Setting:
             "sarathi's chunk"
         )
 
-    def schedule(self, max_num_seqs: int) -> ScheduleConfig:
+    def schedule(self, max_num_seqs: int, tbt_slo_ms: float | None = None) -> ScheduleConfig:
+        """`tbt_slo_ms` is what sps2 aims for; the others know no aim."""
         return ScheduleConfig(
             policy=self.policy,
             max_num_seqs=max_num_seqs,
@@ -46,5 +47,6 @@ class Setting:
             if self.policy == "sarathi"
             else self.chunk,
             short_prompt_tokens=SHORT_PROMPT_TOKENS,
+            tbt_slo_ms=tbt_slo_ms if self.policy == "sps2" else None,
             prefix_caching=True,
         )
