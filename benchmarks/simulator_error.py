@@ -114,13 +114,13 @@ class Case:
 
     def profile(self, observations: Sequence[Observation]) -> DeviceProfile:
         return as_profile(
-            fit(observations),
+            fit(observations, self.parallel.world_size),
             name="here",
             source="measured by benchmarks.simulator_error",
             dtype=self.dtype,
             memory_bytes=1,
             devices_per_node=self.parallel.world_size,
-            notes={"sp": self.parallel.sp_size},
+            notes={"sp": self.parallel.sp_size, "tp": self.parallel.tp_size},
         )
 
 
@@ -165,12 +165,12 @@ def _rank(rank: int, case: Case, store: str, pipe: Connection) -> None:
         engine.follow()
         return
     while (job := pipe.recv()) is not None:
-        log = StepLog(case.counter, [])
+        log = StepLog(case.counter)
         if isinstance(job, float):
             walk(engine, log, LONGEST - 512, job)
-            pipe.send(log.observations)
+            pipe.send(log.observations())
         else:
-            pipe.send((replay(engine, job, log), log.observations))
+            pipe.send((replay(engine, job, log), log.observations()))
     engine.stop()
 
 

@@ -19,6 +19,7 @@ from megatron_sps2.cli.planned import read_planned
 from megatron_sps2.cli.serve_arguments import add_serve, schedule_config
 from megatron_sps2.config import CacheConfig, ModelConfig, ParallelConfig, ScheduleConfig
 from megatron_sps2.engine.plan import StepPlan
+from megatron_sps2.engine.scheduler import Scheduler
 from megatron_sps2.simulator.arrivals import Arrival, make_request
 from megatron_sps2.simulator.cost import CostModel
 from megatron_sps2.simulator.counter import Counter
@@ -26,11 +27,12 @@ from megatron_sps2.simulator.data_sheets import SHEETS, load_profile
 from megatron_sps2.simulator.deployment import Deployment
 from megatron_sps2.simulator.fit import Observation, as_profile, columns, fit, non_negative
 from megatron_sps2.simulator.planner import Targets, choose, why
-from megatron_sps2.simulator.profile import read_profile, save_profile
+from megatron_sps2.simulator.profile import DeviceProfile, read_profile, save_profile
 from megatron_sps2.simulator.replica import Replica, Setup
 from megatron_sps2.simulator.setting import Setting
 from megatron_sps2.simulator.shapes import SHAPES
 from megatron_sps2.simulator.simulation import Outcome, simulate
+from megatron_sps2.simulator.work import Work
 from tests.desk import BLOCK, NUM_LAYERS, VOCAB_SIZE, Desk, kind
 
 TINY = ModelConfig(
@@ -126,6 +128,12 @@ def test_blocks_come_back() -> None:
     assert replica.blocks.num_free_blocks == [8, 8] and not replica.blocks.holders
 
 
+def test_a_policy_that_does_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scheduler, "schedule", lambda self: StepPlan())
+    with pytest.raises(AssertionError, match="policy 'fcfs' has work at 0.0 s and does none"):
+        run(LONG_AND_SHORT[:1], policy="fcfs")
+
+
 def test_a_request_that_fits_no_cache_fails_and_the_others_do_not() -> None:
     huge = Arrival(arrival_s=0.1, num_prompt_tokens=10**6, num_output_tokens=4)
     found = run([*LONG_AND_SHORT[:4], huge]).to_json()
@@ -201,7 +209,7 @@ def planted(count: int = 400) -> list[Observation]:
 
 def test_fitted_prices_predict_steps_though_some_were_held_up() -> None:
     steps = planted()
-    found = fit(steps)
+    found = fit(steps, num_ranks=2)
     assert found.median_error < 0.03 and found.p90_error < 0.1
     profile = as_profile(
         found, name="x", source="measured", dtype="bfloat16", memory_bytes=1, devices_per_node=2, notes={}
@@ -215,12 +223,45 @@ def test_control_a_fit_to_shuffled_seconds_is_far_off() -> None:
     steps = planted()
     seconds = np.random.default_rng(1).permutation([each.seconds for each in steps])
     shuffled = [Observation(each.work, s) for each, s in zip(steps, seconds, strict=True)]
-    assert fit(shuffled).p90_error > 0.3
+    assert fit(shuffled, num_ranks=2).p90_error > 0.3
+
+
+def test_links_that_no_step_used_are_named_where_there_are_ranks_to_use_them() -> None:
+    quiet = [Observation(without_links(each.work), each.seconds) for each in planted()]
+    assert {"intra_bytes", "intra_rounds"} <= set(fit(quiet, num_ranks=2).unpriced)
+    assert "intra_bytes" not in fit(quiet, num_ranks=1).unpriced, "one rank has no link"
+    assert "intra_bytes" not in fit(planted(), num_ranks=2).unpriced
+
+
+def without_links(work: Work) -> Work:
+    return replace(work, exchange_intra_bytes=0.0, sent_intra_bytes=0.0, intra_rounds=0.0)
+
+
+def measured_on(sp: int, tp: int) -> DeviceProfile:
+    return replace(load_profile("h100"), name="here", source="measured", notes={"sp": sp, "tp": tp})
+
+
+def test_a_profile_of_one_rank_prices_no_links() -> None:
+    deployment = replace(base("llama3-8b"), profile=measured_on(1, 1))
+    assert deployment.cost.profile.name == "here"
+    with pytest.raises(
+        ValueError, match="sp=2 tp=4: .* measured on one rank .* `sps2 profile --sp 2 --tp 4`"
+    ):
+        assert replace(deployment, parallel=ParallelConfig(sp_size=2, tp_size=4)).cost
+    assert replace(deployment, parallel=ParallelConfig(dp_size=2)).cost, "replicas do not talk"
+
+
+def test_a_profile_of_another_grid_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    for sp in (2, 4):
+        assert replace(base("llama3-8b"), profile=measured_on(2, 1), parallel=ParallelConfig(sp_size=sp)).cost
+    assert [record.getMessage() for record in caplog.records] == [
+        "profile 'here' was measured with sp=2 tp=1, not sp=4 tp=1: what ranks share may differ"
+    ]
 
 
 def test_too_few_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="5 measured steps are too few"):
-        fit(planted(5))
+        fit(planted(5), num_ranks=2)
 
 
 def test_least_squares_without_negative_prices() -> None:
@@ -299,6 +340,42 @@ def test_targets_come_before_the_mean() -> None:
     plan = choose(base("llama3-8b"), settings, 1, planned, Targets(tbt_ms=1000.0))
     assert plan.chosen.name == "tp 1 sp 1 dp 1 sps2-exact"
     assert "TBT p99" in plan.verdicts[1].why_not
+
+
+def test_the_choice_is_the_best_of_those_that_meet_the_targets_and_the_sentence_counts_them() -> None:
+    settings = [Setting.parse(name) for name in ("sps2-exact", "fcfs")]
+    plan = choose(base("llama3-8b"), settings, 1, LONG_AND_SHORT, Targets(tbt_ms=1000.0))
+    assert "of the 1 of 2 options that fit and meet the targets; a rank needs" in why(plan)
+    plan = choose(base("llama3-8b"), settings, 1, LONG_AND_SHORT, Targets(tbt_ms=0.1))
+    assert "of the 2 of 2 options that fit; a rank" in why(plan)
+    assert "but no option meets the targets: TBT p99" in why(plan)
+
+
+def test_what_was_never_measured_misses_its_target() -> None:
+    one_token = [Arrival(arrival_s=0.0, num_prompt_tokens=100, num_output_tokens=1)]
+    (missed,) = choose(
+        base("llama3-8b"), [Setting.parse("fcfs")], 1, one_token, Targets(tbt_ms=9.0)
+    ).chosen.missed
+    assert missed == "TBT p99 is not known: no request has one"
+
+
+def test_failed_requests_are_told_and_none_served_is_refused() -> None:
+    huge = Arrival(arrival_s=0.0, num_prompt_tokens=10**6, num_output_tokens=4)
+    small, settings = base("llama3-8b", num_blocks=1200), [Setting.parse("fcfs")]
+    plan = choose(small, settings, 1, [*LONG_AND_SHORT[:3], huge], Targets())
+    assert "but 1 of 4 requests failed, and no option serves more" in why(plan)
+    with pytest.raises(ValueError, match="none of 1 requests was served by any of 1 options"):
+        choose(small, settings, 1, [huge], Targets())
+
+
+def test_sps2_aims_for_the_target_between_tokens_and_the_others_know_none() -> None:
+    aims = {
+        name: replace(
+            base("llama3-8b", tbt_slo_ms=80.0), setting=Setting.parse(name)
+        ).setup.schedule.tbt_slo_ms
+        for name in ("sps2-exact", "fcfs", "sarathi-512")
+    }
+    assert aims == {"sps2-exact": 80.0, "fcfs": None, "sarathi-512": None}
 
 
 def test_a_model_that_fits_nowhere_is_refused() -> None:
