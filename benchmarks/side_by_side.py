@@ -121,9 +121,11 @@ class Ours:
     def close(self) -> list[list[Note]]:
         """Ends the ranks. Of metered ones: each rank's notes, a prompt after the other as they were run."""
         self._ranks.finish()
-        notes: list[list[Note]] = self._ranks.receive() if self._metered else []
-        self._ranks.close()
-        return notes
+        try:
+            notes: list[list[Note]] = self._ranks.receive() if self._metered else []
+            return notes
+        finally:
+            self._ranks.close()
 
 
 def _program(engine: Engine, pipe: Connection, config: EngineConfig, metered: bool) -> None:

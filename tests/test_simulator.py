@@ -18,6 +18,7 @@ from megatron_sps2.cli.main import main
 from megatron_sps2.cli.planned import read_planned
 from megatron_sps2.cli.serve_arguments import add_serve, schedule_config
 from megatron_sps2.config import CacheConfig, ModelConfig, ParallelConfig, ScheduleConfig
+from megatron_sps2.csa_setting import PRESETS, save_setting
 from megatron_sps2.engine.plan import StepPlan
 from megatron_sps2.engine.scheduler import Scheduler
 from megatron_sps2.simulator.arrivals import Arrival, make_request
@@ -412,6 +413,27 @@ def test_the_commands_write_json(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["plan", *shared, "--settings", "sps2-exact,sarathi-512", "--json", "-"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["choice"]["fits"] and plan["num_devices"] == 8 and all(e["why_not"] for e in plan["others"])
+
+
+@pytest.mark.parametrize("setting", ["sps2-csa", "sps2-auto"])
+def test_a_plan_refuses_a_csa_setting_of_another_model(
+    setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    floors = ((0.9,),)
+    save_setting(replace(PRESETS["default"], floor=None, floors=floors), tmp_path / "of_one_layer.json")
+    shared = (
+        "--profile",
+        "h100",
+        "--model",
+        "llama3-8b",
+        "--trace",
+        "1:100-200",
+        "--trace-format",
+        "synthetic",
+    )
+    asked = ("--settings", setting, "--csa-setting", str(tmp_path / "of_one_layer.json"))
+    assert main(["plan", *shared, *asked]) == 2
+    assert "has budgets for 1 layers" in capsys.readouterr().err
 
 
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
