@@ -6,13 +6,13 @@ wait for their turn sleep in a collective.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,11 +21,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
+from benchmarks.engine_ranks import EngineRanks
 from benchmarks.meter import Meter, Note
 from checkpoints_tools.convert import convert
 from megatron_sps2.attention.csa_tally import CsaReport
 from megatron_sps2.config import AttentionMode, DType, ParallelConfig, SamplingParams
-from megatron_sps2.engine.build import EngineConfig, build_engine
+from megatron_sps2.engine.build import EngineConfig
 from megatron_sps2.engine.engine import Engine
 
 VOCAB_SIZE = 32000
@@ -108,44 +109,26 @@ class Ours:
     """Our engine on `parallel` ranks in processes of their own; `metered` ones note each prompt's prefill."""
 
     def __init__(self, config: EngineConfig, *, metered: bool = False) -> None:
-        parallel, self._metered = config.parallel, metered
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "megatron_sps2.engine.build"])
-        self._folder = tempfile.TemporaryDirectory()
-        self._pipe, far = context.Pipe()
-        self._ranks = [
-            context.Process(
-                target=_rank, args=(rank, config, f"{self._folder.name}/store", far, metered), daemon=True
-            )
-            for rank in range(parallel.world_size)
-        ]
-        for rank in self._ranks:
-            rank.start()
+        self._metered = metered
+        self._ranks = EngineRanks(config, partial(_program, config=config, metered=metered))
         # Bytes of KV cache on one rank / bytes one rank alone would need for max_model_len tokens.
-        self.kv_share: float = self._pipe.recv()
+        self.kv_share: float = self._ranks.receive()
 
     def run(self, ids: list[int], num_tokens: int, attention: AttentionMode | None = None) -> Answer:
-        self._pipe.send((ids, num_tokens, attention))
-        answer: Answer = self._pipe.recv()
+        answer: Answer = self._ranks.ask((ids, num_tokens, attention))
         return answer
 
     def close(self) -> list[list[Note]]:
         """Ends the ranks. Of metered ones: each rank's notes, a prompt after the other as they were run."""
-        self._pipe.send(None)
-        notes: list[list[Note]] = self._pipe.recv() if self._metered else []
-        for rank in self._ranks:
-            rank.join(20)
-            rank.kill()
-        self._folder.cleanup()
-        return notes
+        self._ranks.finish()
+        try:
+            notes: list[list[Note]] = self._ranks.receive() if self._metered else []
+            return notes
+        finally:
+            self._ranks.close()
 
 
-def _rank(rank: int, config: EngineConfig, store: str, pipe: Connection, metered: bool) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=config.parallel.world_size
-    )
-    engine = build_engine(config)
+def _program(engine: Engine, pipe: Connection, config: EngineConfig, metered: bool) -> None:
     meter = Meter(engine) if metered else None
     if engine.is_leader:
         _lead(engine, config, pipe)

@@ -27,6 +27,9 @@ AttentionMode = Literal["exact", "csa", "auto"]
 CheckpointFormat = Literal["megatron", "hf", "megatron-legacy"]
 DType = Literal["float32", "bfloat16", "float16"]
 
+# Tokens of a step where nothing is said. Sarathi's chunk is small, so that decodes in its step stay fast.
+BATCHED_TOKENS: dict[PolicyName, int] = {"sps2": 2048, "sarathi": 512, "fcfs": 4096}
+
 
 def _require_positive(owner: object, *names: str) -> None:
     for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,9 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_sps2.bench.trace import read_trace
+from megatron_sps2.bench.workload import WorkloadConfig, build
 from megatron_sps2.cli.main import main
+from megatron_sps2.cli.planned import read_planned
+from megatron_sps2.cli.serve_arguments import add_serve, schedule_config
 from megatron_sps2.config import CacheConfig, ModelConfig, ParallelConfig, ScheduleConfig
+from megatron_sps2.csa_setting import PRESETS, save_setting
 from megatron_sps2.engine.plan import StepPlan
+from megatron_sps2.engine.scheduler import Scheduler
 from megatron_sps2.simulator.arrivals import Arrival, make_request
 from megatron_sps2.simulator.cost import CostModel
 from megatron_sps2.simulator.counter import Counter
@@ -21,11 +28,12 @@ from megatron_sps2.simulator.data_sheets import SHEETS, load_profile
 from megatron_sps2.simulator.deployment import Deployment
 from megatron_sps2.simulator.fit import Observation, as_profile, columns, fit, non_negative
 from megatron_sps2.simulator.planner import Targets, choose, why
-from megatron_sps2.simulator.profile import read_profile, save_profile
+from megatron_sps2.simulator.profile import DeviceProfile, read_profile, save_profile
 from megatron_sps2.simulator.replica import Replica, Setup
 from megatron_sps2.simulator.setting import Setting
 from megatron_sps2.simulator.shapes import SHAPES
 from megatron_sps2.simulator.simulation import Outcome, simulate
+from megatron_sps2.simulator.work import Work
 from tests.desk import BLOCK, NUM_LAYERS, VOCAB_SIZE, Desk, kind
 
 TINY = ModelConfig(
@@ -121,6 +129,12 @@ def test_blocks_come_back() -> None:
     assert replica.blocks.num_free_blocks == [8, 8] and not replica.blocks.holders
 
 
+def test_a_policy_that_does_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scheduler, "schedule", lambda self: StepPlan())
+    with pytest.raises(AssertionError, match="policy 'fcfs' has work at 0.0 s and does none"):
+        run(LONG_AND_SHORT[:1], policy="fcfs")
+
+
 def test_a_request_that_fits_no_cache_fails_and_the_others_do_not() -> None:
     huge = Arrival(arrival_s=0.1, num_prompt_tokens=10**6, num_output_tokens=4)
     found = run([*LONG_AND_SHORT[:4], huge]).to_json()
@@ -153,6 +167,22 @@ def test_prompts_with_equal_hash_ids_share_a_prefix() -> None:
     assert same < new / 10
 
 
+def test_prompts_share_what_they_share_in_the_bench_whatever_their_lengths(tmp_path: Path) -> None:
+    rows = [(1400, (1, 2, 3)), (2000, (1, 2, 9, 10))]
+    lines = [
+        json.dumps({"timestamp": 0, "input_length": length, "output_length": 1, "hash_ids": hash_ids})
+        for length, hash_ids in rows
+    ]
+    (tmp_path / "trace").write_text("\n".join(lines))
+    asked: dict[str, Any] = {"trace": tmp_path / "trace", "trace_format": "mooncake", "num_requests": None}
+    args = argparse.Namespace(**asked, seed=0, time_scale=1.0, length_scale=0.05, request_rate=None)
+    mine = [make_request(each, i).prompt_ids for i, each in enumerate(read_planned(args, None))]
+    bench = build(read_trace(**asked), WorkloadConfig(length_scale=0.05, vocab_size=10**6))
+    for one, two in (mine, [each.prompt for each in bench]):
+        assert (len(one), len(two)) == (70, 100)
+        assert one[:51] == two[:51] and one[51] != two[51], "two blocks of 25.6 tokens"
+
+
 def planted(count: int = 400) -> list[Observation]:
     """Steps of prompts and answers priced by a known profile, some of them held up."""
     cost, rng = cost_of(SHAPES["llama3-8b"], ParallelConfig(sp_size=2)), np.random.default_rng(0)
@@ -180,7 +210,7 @@ def planted(count: int = 400) -> list[Observation]:
 
 def test_fitted_prices_predict_steps_though_some_were_held_up() -> None:
     steps = planted()
-    found = fit(steps)
+    found = fit(steps, num_ranks=2)
     assert found.median_error < 0.03 and found.p90_error < 0.1
     profile = as_profile(
         found, name="x", source="measured", dtype="bfloat16", memory_bytes=1, devices_per_node=2, notes={}
@@ -194,12 +224,45 @@ def test_control_a_fit_to_shuffled_seconds_is_far_off() -> None:
     steps = planted()
     seconds = np.random.default_rng(1).permutation([each.seconds for each in steps])
     shuffled = [Observation(each.work, s) for each, s in zip(steps, seconds, strict=True)]
-    assert fit(shuffled).p90_error > 0.3
+    assert fit(shuffled, num_ranks=2).p90_error > 0.3
+
+
+def test_links_that_no_step_used_are_named_where_there_are_ranks_to_use_them() -> None:
+    quiet = [Observation(without_links(each.work), each.seconds) for each in planted()]
+    assert {"intra_bytes", "intra_rounds"} <= set(fit(quiet, num_ranks=2).unpriced)
+    assert "intra_bytes" not in fit(quiet, num_ranks=1).unpriced, "one rank has no link"
+    assert "intra_bytes" not in fit(planted(), num_ranks=2).unpriced
+
+
+def without_links(work: Work) -> Work:
+    return replace(work, exchange_intra_bytes=0.0, sent_intra_bytes=0.0, intra_rounds=0.0)
+
+
+def measured_on(sp: int, tp: int) -> DeviceProfile:
+    return replace(load_profile("h100"), name="here", source="measured", notes={"sp": sp, "tp": tp})
+
+
+def test_a_profile_of_one_rank_prices_no_links() -> None:
+    deployment = replace(base("llama3-8b"), profile=measured_on(1, 1))
+    assert deployment.cost.profile.name == "here"
+    with pytest.raises(
+        ValueError, match="sp=2 tp=4: .* measured on one rank .* `sps2 profile --sp 2 --tp 4`"
+    ):
+        assert replace(deployment, parallel=ParallelConfig(sp_size=2, tp_size=4)).cost
+    assert replace(deployment, parallel=ParallelConfig(dp_size=2)).cost, "replicas do not talk"
+
+
+def test_a_profile_of_another_grid_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    for sp in (2, 4):
+        assert replace(base("llama3-8b"), profile=measured_on(2, 1), parallel=ParallelConfig(sp_size=sp)).cost
+    assert [record.getMessage() for record in caplog.records] == [
+        "profile 'here' was measured with sp=2 tp=1, not sp=4 tp=1: what ranks share may differ"
+    ]
 
 
 def test_too_few_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="5 measured steps are too few"):
-        fit(planted(5))
+        fit(planted(5), num_ranks=2)
 
 
 def test_least_squares_without_negative_prices() -> None:
@@ -280,6 +343,42 @@ def test_targets_come_before_the_mean() -> None:
     assert "TBT p99" in plan.verdicts[1].why_not
 
 
+def test_the_choice_is_the_best_of_those_that_meet_the_targets_and_the_sentence_counts_them() -> None:
+    settings = [Setting.parse(name) for name in ("sps2-exact", "fcfs")]
+    plan = choose(base("llama3-8b"), settings, 1, LONG_AND_SHORT, Targets(tbt_ms=1000.0))
+    assert "of the 1 of 2 options that fit and meet the targets; a rank needs" in why(plan)
+    plan = choose(base("llama3-8b"), settings, 1, LONG_AND_SHORT, Targets(tbt_ms=0.1))
+    assert "of the 2 of 2 options that fit; a rank" in why(plan)
+    assert "but no option meets the targets: TBT p99" in why(plan)
+
+
+def test_what_was_never_measured_misses_its_target() -> None:
+    one_token = [Arrival(arrival_s=0.0, num_prompt_tokens=100, num_output_tokens=1)]
+    (missed,) = choose(
+        base("llama3-8b"), [Setting.parse("fcfs")], 1, one_token, Targets(tbt_ms=9.0)
+    ).chosen.missed
+    assert missed == "TBT p99 is not known: no request has one"
+
+
+def test_failed_requests_are_told_and_none_served_is_refused() -> None:
+    huge = Arrival(arrival_s=0.0, num_prompt_tokens=10**6, num_output_tokens=4)
+    small, settings = base("llama3-8b", num_blocks=1200), [Setting.parse("fcfs")]
+    plan = choose(small, settings, 1, [*LONG_AND_SHORT[:3], huge], Targets())
+    assert "but 1 of 4 requests failed, and no option serves more" in why(plan)
+    with pytest.raises(ValueError, match="none of 1 requests was served by any of 1 options"):
+        choose(small, settings, 1, [huge], Targets())
+
+
+def test_sps2_aims_for_the_target_between_tokens_and_the_others_know_none() -> None:
+    aims = {
+        name: replace(
+            base("llama3-8b", tbt_slo_ms=80.0), setting=Setting.parse(name)
+        ).setup.schedule.tbt_slo_ms
+        for name in ("sps2-exact", "fcfs", "sarathi-512")
+    }
+    assert aims == {"sps2-exact": 80.0, "fcfs": None, "sarathi-512": None}
+
+
 def test_a_model_that_fits_nowhere_is_refused() -> None:
     with pytest.raises(ValueError, match="fit no layout of 8 devices; the closest"):
         choose(base("llama3-405b"), [Setting.parse("fcfs")], 8, LONG_AND_SHORT[:2], Targets())
@@ -288,6 +387,15 @@ def test_a_model_that_fits_nowhere_is_refused() -> None:
 def test_a_setting_that_means_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="'sarathi' is not known; use names such as sps2-exact"):
         Setting.parse("sarathi")
+
+
+@pytest.mark.parametrize("name", ["sps2-exact", "sarathi-512", "fcfs"])
+def test_a_setting_is_what_serve_does_where_nothing_is_said(name: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_serve(parser.add_subparsers(), "serve")
+    setting = Setting.parse(name)
+    args = parser.parse_args(["serve", "--load", "x", "--policy", setting.policy, "--max-num-seqs", "64"])
+    assert setting.schedule(64) == schedule_config(args)
 
 
 def test_the_commands_write_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,6 +413,27 @@ def test_the_commands_write_json(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["plan", *shared, "--settings", "sps2-exact,sarathi-512", "--json", "-"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["choice"]["fits"] and plan["num_devices"] == 8 and all(e["why_not"] for e in plan["others"])
+
+
+@pytest.mark.parametrize("setting", ["sps2-csa", "sps2-auto"])
+def test_a_plan_refuses_a_csa_setting_of_another_model(
+    setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    floors = ((0.9,),)
+    save_setting(replace(PRESETS["default"], floor=None, floors=floors), tmp_path / "of_one_layer.json")
+    shared = (
+        "--profile",
+        "h100",
+        "--model",
+        "llama3-8b",
+        "--trace",
+        "1:100-200",
+        "--trace-format",
+        "synthetic",
+    )
+    asked = ("--settings", setting, "--csa-setting", str(tmp_path / "of_one_layer.json"))
+    assert main(["plan", *shared, *asked]) == 2
+    assert "has budgets for 1 layers" in capsys.readouterr().err
 
 
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

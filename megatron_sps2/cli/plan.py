@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +13,7 @@ from rich.table import Table
 from megatron_sps2.cli.planned import STDOUT, longest_of, read_planned, write
 from megatron_sps2.config import ParallelConfig
 from megatron_sps2.csa_setting import load_setting
+from megatron_sps2.simulator.arrivals import Arrival
 from megatron_sps2.simulator.data_sheets import load_profile
 from megatron_sps2.simulator.deployment import Deployment
 from megatron_sps2.simulator.planner import Plan, Targets, Verdict, choose, why
@@ -23,8 +24,8 @@ SHOWN = 12
 
 
 def run(args: argparse.Namespace) -> int:
-    base, planned = _read(args)
     settings = [Setting.parse(name) for name in args.settings.split(",")]
+    base, planned = _read(args, settings)
     targets = Targets(ttft_ms=args.ttft_slo_ms, tbt_ms=args.tbt_slo_ms)
     num_devices = args.nodes * base.profile.devices_per_node
     plan = choose(
@@ -36,14 +37,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(args: argparse.Namespace) -> tuple[Deployment, list[Any]]:
+def _read(args: argparse.Namespace, settings: Sequence[Setting]) -> tuple[Deployment, list[Arrival]]:
     model, profile = load_shape(args.model), load_profile(args.profile)
     if args.nodes < 1:
         raise ValueError(f"--nodes {args.nodes} must be at least 1")
     if args.devices_per_node is not None:
         profile = replace(profile, devices_per_node=args.devices_per_node)
     csa = load_setting(args.csa_setting)
-    if "sps2-csa" in args.settings.split(","):
+    if any(each.attention != "exact" for each in settings):
         csa.check_model(model, "")
     planned = read_planned(args, args.longest or model.max_seq_len)
     base = Deployment(
@@ -54,14 +55,11 @@ def _read(args: argparse.Namespace) -> tuple[Deployment, list[Any]]:
         longest=args.longest or longest_of(planned),
         dtype=args.dtype,
         max_num_seqs=args.max_num_seqs,
+        tbt_slo_ms=args.tbt_slo_ms,
         csa=csa,
         csa_beyond=args.csa_density,
     )
     return base, planned
-
-
-def _hush(line: str) -> None:
-    pass
 
 
 def _tell(line: str) -> None:

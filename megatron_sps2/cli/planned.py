@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sps2.bench.arrivals import ArrivalConfig, arrival_times
-from megatron_sps2.bench.trace import Planned, read_trace
+from megatron_sps2.bench.trace import BLOCK_TOKENS, Planned, read_trace
 from megatron_sps2.bench.workload import WorkloadConfig, scaled
+from megatron_sps2.simulator.arrivals import Arrival
 
 STDOUT = "-"
 
 
-def read_planned(args: argparse.Namespace, max_model_len: int | None) -> list[Planned]:
+def read_planned(args: argparse.Namespace, max_model_len: int | None) -> list[Arrival]:
     """Scaled and clipped as `sps2 bench` does it. Raises ValueError or OSError."""
     planned = read_trace(args.trace, args.trace_format, args.num_requests, args.seed)
     config = WorkloadConfig(
@@ -26,7 +27,7 @@ def read_planned(args: argparse.Namespace, max_model_len: int | None) -> list[Pl
         max_model_len=max_model_len,
         seed=args.seed,
     )
-    found = scaled(planned, config)
+    found = [_arrival(each, BLOCK_TOKENS * args.length_scale) for each in scaled(planned, config)]
     if args.request_rate is None:
         return found
     arrivals = ArrivalConfig(kind="poisson", request_rate=args.request_rate, seed=args.seed)
@@ -34,7 +35,17 @@ def read_planned(args: argparse.Namespace, max_model_len: int | None) -> list[Pl
     return [replace(each, arrival_s=time) for each, time in zip(found, times, strict=True)]
 
 
-def longest_of(planned: Sequence[Planned]) -> int:
+def _arrival(one: Planned, block_tokens: float) -> Arrival:
+    return Arrival(
+        arrival_s=one.arrival_s,
+        num_prompt_tokens=one.num_prompt_tokens,
+        num_output_tokens=one.num_output_tokens,
+        hash_ids=one.hash_ids,
+        block_tokens=block_tokens,
+    )
+
+
+def longest_of(planned: Sequence[Arrival]) -> int:
     return max(each.num_prompt_tokens + each.num_output_tokens for each in planned)
 
 

@@ -64,10 +64,10 @@ def _measure(args: argparse.Namespace) -> int:
     counter = Counter(
         model=engine.model, parallel=parallel, dtype=args.dtype, devices_per_node=parallel.world_size
     )
-    log = StepLog(counter, [])
+    log = StepLog(counter)
     walk(engine, log, _longest(args) - ANSWERS, args.budget_s, tell=_tell)
     engine.stop()
-    _write(args, engine, log.observations)
+    _write(args, engine, log.observations())
     return 0
 
 
@@ -76,7 +76,8 @@ def _write(args: argparse.Namespace, engine: Engine, observations: list[Observat
     from megatron_sps2.simulator.fit import as_profile, fit
     from megatron_sps2.simulator.profile import save_profile
 
-    parallel, found = parallel_config(args), fit(observations)
+    parallel = parallel_config(args)
+    found = fit(observations, parallel.sp_size * parallel.tp_size)
     profile = as_profile(
         found,
         name=Path(args.out).stem,

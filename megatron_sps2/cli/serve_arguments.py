@@ -6,10 +6,8 @@ import argparse
 import os
 
 from megatron_sps2.cli.arguments import Commands, add_engine, add_replicas, command, finish
-from megatron_sps2.config import POLICY_NAMES, PREEMPTION_MODES, ScheduleConfig
+from megatron_sps2.config import BATCHED_TOKENS, POLICY_NAMES, PREEMPTION_MODES, ScheduleConfig
 
-# Tokens of a step: Sarathi's chunk is small, so that decodes in the same step stay fast.
-BATCHED_TOKENS = {"sps2": 2048, "sarathi": 512, "fcfs": 4096}
 KEY_VARIABLE = "SPS2_API_KEY"
 
 

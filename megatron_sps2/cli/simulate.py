@@ -12,6 +12,7 @@ from megatron_sps2.cli.planned import STDOUT, longest_of, read_planned, write
 from megatron_sps2.cli.serve_arguments import schedule_config
 from megatron_sps2.config import ParallelConfig
 from megatron_sps2.csa_setting import load_setting
+from megatron_sps2.simulator.arrivals import Arrival
 from megatron_sps2.simulator.data_sheets import load_profile
 from megatron_sps2.simulator.deployment import Deployment
 from megatron_sps2.simulator.setting import Setting
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(args: argparse.Namespace) -> tuple[Deployment, list[Any]]:
+def _read(args: argparse.Namespace) -> tuple[Deployment, list[Arrival]]:
     model = load_shape(args.model)
     parallel = ParallelConfig(dp_size=args.dp, sp_size=args.sp, tp_size=args.tp)
     parallel.check_model(model)
@@ -41,17 +42,23 @@ def _read(args: argparse.Namespace) -> tuple[Deployment, list[Any]]:
                 "use --attention exact, or another policy"
             )
     planned = read_planned(args, args.max_model_len or model.max_seq_len)
+    schedule = schedule_config(args)
     deployment = Deployment(
         model=model,
         profile=load_profile(args.profile),
         parallel=parallel,
-        setting=Setting(name=args.policy, policy=args.policy, attention=args.attention),
+        setting=Setting(
+            name=args.policy,
+            policy=args.policy,
+            chunk=schedule.max_num_batched_tokens,
+            attention=args.attention,
+        ),
         longest=args.max_model_len or longest_of(planned),
         dtype=args.dtype,
         max_num_seqs=args.max_num_seqs,
         csa=csa,
         csa_beyond=args.csa_density,
-        schedule=schedule_config(args),
+        schedule=schedule,
         num_blocks=args.num_kv_blocks,
     )
     return deployment, planned

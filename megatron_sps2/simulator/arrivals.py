@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from megatron_sps2.config import AttentionMode, SamplingParams
 from megatron_sps2.engine.request import Request
 
 
-class Planned(Protocol):
-    """What a trace's reader gives; equal hash ids are equal blocks of prompt tokens."""
-
-    @property
-    def arrival_s(self) -> float: ...
-
-    @property
-    def num_prompt_tokens(self) -> int: ...
-
-    @property
-    def num_output_tokens(self) -> int: ...
-
-    @property
-    def hash_ids(self) -> tuple[int, ...]: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """A request made by hand."""
+    """One request of a trace; equal hash ids are equal blocks of prompt tokens."""
 
     arrival_s: float
     num_prompt_tokens: int
     num_output_tokens: int
     hash_ids: tuple[int, ...] = ()
+    block_tokens: float = 512.0  # of a hash id; fewer where lengths are scaled down
 
 
-def make_request(one: Planned, number: int, attention: AttentionMode = "exact") -> Request:
+def make_request(one: Arrival, number: int, attention: AttentionMode = "exact") -> Request:
     """Its tokens mean nothing, but are equal where the trace says that they are."""
     return Request(
         request_id=number,
@@ -46,12 +30,12 @@ def make_request(one: Planned, number: int, attention: AttentionMode = "exact") 
     )
 
 
-def _prompt(one: Planned, number: int) -> tuple[int, ...]:
-    """A block's tokens are its hash id, so that lengths may be scaled; without one, a number of its own."""
+def _prompt(one: Arrival, number: int) -> tuple[int, ...]:
+    """A block's tokens are its hash id, cut where `sps2 bench` cuts it; without one, a number of its own."""
     if not one.hash_ids:
         return (-1 - number,) * one.num_prompt_tokens
-    count, length = len(one.hash_ids), one.num_prompt_tokens
-    bounds = [length * i // count for i in range(count + 1)]
+    length = one.num_prompt_tokens
+    bounds = [min(length, round(i * one.block_tokens)) for i in range(len(one.hash_ids))] + [length]
     return tuple(
         hash_id
         for hash_id, start, stop in zip(one.hash_ids, bounds, bounds[1:], strict=False)

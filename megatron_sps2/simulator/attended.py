@@ -62,14 +62,21 @@ class CsaKeys:
         return total + setting.tail * self.num_tokens
 
     def share_sent(self, num_ranks: int) -> float:
-        """Of what pass_kv sends: only later ranks receive, and the union of what their segments keep.
+        """Of what pass_kv sends: only ranks with later segments receive, the union of what these keep.
 
-        As if segments chose apart from each other, which is the most: real ones share many of their keys.
+        Contiguous: to later ranks, half of all. Zigzag: a rank's early segments go to all others, to earlier
+        ranks for their late half alone; its late ones to earlier ranks. As if segments chose apart from each
+        other: real ones share many of their keys.
         """
         readers = max(1.0, self.num_segments / num_ranks)
-        union = 1 - (1 - self.beyond) ** readers
-        near = readers * self._near / max(1.0, self.num_tokens / 2)
-        return 0.5 * min(1.0, union + near)
+        if self.num_segments < 2 * num_ranks:
+            return 0.5 * self._union(readers)
+        return 0.25 * self._union(readers) + 0.5 * self._union(readers / 2)
+
+    def _union(self, num_readers: float) -> float:
+        """The share of a rank's keys that at least one of so many segments keeps."""
+        near = num_readers * self._near / max(1.0, self.num_tokens / 2)
+        return min(1.0, 1 - (1 - self.beyond) ** num_readers + near)
 
     def probe_rows(self, num_ranks: int) -> float:
         """Probe queries that a rank sends to earlier ranks: those of all its segments."""

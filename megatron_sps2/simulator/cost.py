@@ -35,6 +35,7 @@ class CostModel:
 
     def __post_init__(self) -> None:
         self.profile.check_dtype(self.counter.dtype)
+        self.profile.check_parallel(self.counter.parallel)
 
     def seconds(self, plan: StepPlan, num_ended: int | None = None) -> float:
         return self.price(self.counter.work(plan, num_ended)).total

@@ -21,6 +21,7 @@ from megatron_sps2.simulator.work import Work
 
 # Collectives of a prompt in one layer, all heads at once.
 COLLECTIVES = {"ulysses": 4, "pass_kv": 2, "pass_q": 2, "csa": 7, "dilated": 4}
+WINDOW_COLLECTIVES = 1
 DECODE_COLLECTIVES = 2
 
 
@@ -125,22 +126,23 @@ class Counter:
         """Of one layer. Two matmuls, of two operations to a pair and dimension."""
         num_tokens = piece.stop - piece.start
         heads, pairs = self.model.num_attention_heads / self.parallel.tp_size, self._pairs(piece, window)
-        share = self._busiest_share(piece)
+        share = self._busiest_share(piece, window)
         work = Work(attention_flops=4 * pairs * heads * self.model.head_dim * share)
         if self.parallel.sp_size == 1 or piece.strategy == LOCAL:
             return work
-        return work + self._grid.exchange(self._bytes(piece, num_tokens, window), COLLECTIVES[piece.strategy])
+        count = COLLECTIVES[piece.strategy] if window is None else WINDOW_COLLECTIVES
+        return work + self._grid.exchange(self._bytes(piece, num_tokens, window), count)
 
     def _pairs(self, piece: PrefillPiece, window: int | None) -> float:
-        if piece.strategy in ("csa", "dilated"):
+        if window is None and piece.strategy in ("csa", "dilated"):
             return self._csa_keys(piece.stop - piece.start).pairs
         return causal_pairs(piece.start, piece.stop, window)
 
-    def _busiest_share(self, piece: PrefillPiece) -> float:
+    def _busiest_share(self, piece: PrefillPiece, window: int | None) -> float:
         sp_size, tp_size = self.parallel.sp_size, self.parallel.tp_size
         if piece.strategy == LOCAL:
             return 1.0
-        if piece.strategy == "ulysses":
+        if window is None and piece.strategy == "ulysses":
             heads = self.model.num_attention_heads // tp_size
             groups = split_heads(heads, self.model.num_query_groups // tp_size, sp_size)
             return max(sum(each.num_queries for each in held) for held in groups) / heads

@@ -9,7 +9,7 @@ from megatron_sps2.config import CacheConfig, DType, ModelConfig, ParallelConfig
 from megatron_sps2.csa_setting import PRESETS, CsaSetting
 from megatron_sps2.engine.auto_layout import GIB, USABLE
 from megatron_sps2.engine.rank_memory import RankMemory, rank_memory
-from megatron_sps2.simulator.arrivals import Planned
+from megatron_sps2.simulator.arrivals import Arrival
 from megatron_sps2.simulator.cost import CostModel
 from megatron_sps2.simulator.counter import Counter
 from megatron_sps2.simulator.profile import DeviceProfile
@@ -62,6 +62,7 @@ class Deployment:
     longest: int  # tokens of prompt and answer
     dtype: DType = "bfloat16"
     max_num_seqs: int = 64
+    tbt_slo_ms: float | None = None  # what sps2 aims for
     csa: CsaSetting = field(default_factory=lambda: PRESETS["default"])
     csa_beyond: float | None = None  # see attended.CsaKeys
     schedule: ScheduleConfig | None = None  # None: what the setting means
@@ -109,12 +110,12 @@ class Deployment:
         )
         return CostModel(profile=self.profile, counter=counter)
 
-    def run(self, planned: Sequence[Planned]) -> Outcome:
+    def run(self, planned: Sequence[Arrival]) -> Outcome:
         return simulate(self.setup, self.cost, planned, self.setting.attention)
 
     @property
     def _schedule(self) -> ScheduleConfig:
-        return self.schedule or self.setting.schedule(self.max_num_seqs)
+        return self.schedule or self.setting.schedule(self.max_num_seqs, self.tbt_slo_ms)
 
     @property
     def _csa(self) -> CsaSetting | None:

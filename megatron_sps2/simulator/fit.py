@@ -45,11 +45,13 @@ class Fit:
     p90_error: float
     bias: float  # of all steps' seconds together: 0.1 is a model that says 10% too much
     num_steps: int
+    num_ranks: int  # that ran a step together
 
     @property
     def unpriced(self) -> list[str]:
-        """Work that every rank does and that cost nothing by itself: it could not be told from the rest."""
-        return [name for name in RATES if not self.price[name]]
+        """Work that ranks do and that cost nothing by itself: never seen, or not to be told from the rest."""
+        kinds = (*RATES, *LINKS) if self.num_ranks > 1 else RATES
+        return [name for name in kinds if not self.price[name]]
 
 
 def columns(work: Work) -> dict[str, float]:
@@ -59,8 +61,8 @@ def columns(work: Work) -> dict[str, float]:
     return found | {"intra_bytes": intra_bytes, "intra_rounds": work.intra_rounds}
 
 
-def fit(observations: Sequence[Observation]) -> Fit:
-    """Raises ValueError where there are too few steps."""
+def fit(observations: Sequence[Observation], num_ranks: int) -> Fit:
+    """`num_ranks` is sp x tp. Raises ValueError where there are too few steps."""
     names = [*OVERHEADS, *RATES, *LINKS]
     rows = np.array([[columns(each.work)[name] for name in names] for each in observations], dtype=float)
     seconds = np.array([each.seconds for each in observations])
@@ -80,6 +82,7 @@ def fit(observations: Sequence[Observation]) -> Fit:
         p90_error=float(np.percentile(np.abs(error), 90)),
         bias=float((rows @ prices).sum() / seconds.sum() - 1),
         num_steps=len(rows),
+        num_ranks=num_ranks,
     )
 
 

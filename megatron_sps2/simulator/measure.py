@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from megatron_sps2.config import SamplingParams
 from megatron_sps2.engine.engine import Engine
+from megatron_sps2.engine.plan import StepPlan
 from megatron_sps2.engine.request import Request
-from megatron_sps2.simulator.arrivals import Planned
+from megatron_sps2.simulator.arrivals import Arrival
 from megatron_sps2.simulator.counter import Counter
 from megatron_sps2.simulator.fit import Observation
 from megatron_sps2.simulator.outcome import Served
@@ -27,10 +28,13 @@ IDLE_S = 0.001
 
 @dataclass(frozen=True, slots=True)
 class StepLog:
-    """Prices nothing; turns each step into an observation."""
+    """What ran and for how long. Counts nothing until it is asked: steps follow each other as in life."""
 
     counter: Counter
-    observations: list[Observation]
+    steps: list[tuple[StepPlan, int, float]] = field(default_factory=list)  # plan, prompts ended, seconds
+
+    def observations(self) -> list[Observation]:
+        return [Observation(self.counter.work(plan, ended), seconds) for plan, ended, seconds in self.steps]
 
     def step(self, engine: Engine) -> None:
         start = time.perf_counter()
@@ -40,13 +44,13 @@ class StepLog:
         if not plan.is_empty:
             numbers = {piece.request_id for piece in plan.pieces}
             ended = sum(each.has_token and each.request.request_id in numbers for each in news)
-            self.observations.append(Observation(self.counter.work(plan, ended), seconds))
+            self.steps.append((plan, ended, seconds))
         for each in news:
             if each.request.finish_reason is not None:
                 engine.release(each.request)
 
 
-def replay(engine: Engine, planned: Sequence[Planned], log: StepLog, seed: int = 0) -> list[Served]:
+def replay(engine: Engine, planned: Sequence[Arrival], log: StepLog, seed: int = 0) -> list[Served]:
     """Every request is added when it comes, or after the step that runs then, as the server does it."""
     rng, start = np.random.default_rng(seed), time.perf_counter()
     prompts = [_prompt(rng, engine, each.num_prompt_tokens) for each in planned]
@@ -89,13 +93,13 @@ def walk(
     Every length is visited once, whatever it takes.
     """
     rng, end = np.random.default_rng(seed), time.perf_counter() + budget_s
-    warm = StepLog(log.counter, [])
+    warm = StepLog(log.counter)
     _fill(engine, warm, rng, 64, 2)
     for length, most in visits(longest, rng):
-        before, begun = len(log.observations), time.perf_counter()
+        before, begun = len(log.steps), time.perf_counter()
         num_answers = _fill(engine, log, rng, length, most, end)
         took = time.perf_counter() - begun
-        steps = len(log.observations) - before
+        steps = len(log.steps) - before
         tell(f"{length} tokens: {steps} steps, batches up to {num_answers}, {took:.1f} s")
         if most > min(BATCHES) and time.perf_counter() >= end:
             return

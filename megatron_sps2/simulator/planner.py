@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_sps2.config import ModelConfig, ParallelConfig, divisors
-from megatron_sps2.simulator.arrivals import Planned
+from megatron_sps2.simulator.arrivals import Arrival
 from megatron_sps2.simulator.deployment import Deployment
 from megatron_sps2.simulator.setting import Setting
 
@@ -25,9 +25,11 @@ class Targets:
     def missed(self, result: dict[str, Any]) -> list[str]:
         found = []
         for name, limit in (("ttft_ms", self.ttft_ms), ("tbt_ms", self.tbt_ms)):
-            value = result[name].get("p99", 0.0)
-            if limit is not None and value > limit:
-                found.append(f"{name.removesuffix('_ms').upper()} p99 {value:,.0f} ms is above {limit:,.0f}")
+            value, label = result[name].get("p99"), f"{name.removesuffix('_ms').upper()} p99"
+            if limit is not None and value is None:
+                found.append(f"{label} is not known: no request has one")
+            elif limit is not None and value > limit:
+                found.append(f"{label} {value:,.0f} ms is above {limit:,.0f}")
         return found
 
 
@@ -45,10 +47,11 @@ class Verdict:
         return name_of(self.option)
 
     @property
-    def rank(self) -> tuple[bool, float]:
-        """Least is best: within the targets, then by the mean time of a whole answer."""
+    def rank(self) -> tuple[int, bool, float]:
+        """Least is best: all served, within the targets, then by the mean time of a whole answer."""
         assert self.result is not None, "what does not fit has no rank"
-        return bool(self.missed or self.result["failed"]), self.result["e2e_ms"].get("mean", float("inf"))
+        mean = self.result["e2e_ms"].get("mean", float("inf"))
+        return self.result["failed"], bool(self.missed), mean
 
     def to_json(self) -> dict[str, Any]:
         option, memory = self.option, self.option.memory
@@ -117,7 +120,7 @@ def choose(
     base: Deployment,
     settings: Sequence[Setting],
     num_devices: int,
-    planned: Sequence[Planned],
+    planned: Sequence[Arrival],
     targets: Targets,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Plan:
@@ -137,6 +140,12 @@ def choose(
             f"needs {closest.option.memory}; use more nodes, or a smaller --longest"
         )
     best, others = able[0], able[1:]
+    assert best.result is not None, "sorted by it"
+    if not best.result["completed"]:
+        raise ValueError(
+            f"none of {len(planned)} requests was served by any of {len(able)} options; prompt and answer "
+            "must fit the KV cache: use more nodes, or a smaller --longest"
+        )
     explained = [replace(each, why_not=_why_not(each, best)) for each in others]
     return Plan(verdicts=[best, *explained, *unable])
 
@@ -146,7 +155,9 @@ def why(plan: Plan) -> str:
     best, result = plan.chosen, plan.chosen.result
     assert result is not None, "a choice that was not run"
     text = f"{best.name}: the shortest mean response time, {result['e2e_ms']['mean']:,.0f} ms, of "
-    text += f"{len(plan.verdicts)} options; a rank needs {best.option.memory}"
+    text += f"{_company(plan)}; a rank needs {best.option.memory}"
+    if failed := result["failed"]:
+        text += f"; but {failed} of {failed + result['completed']} requests failed, and no option serves more"
     if best.missed:
         text += f"; but no option meets the targets: {', '.join(best.missed)}"
     if best.option.setting.attention == "csa":
@@ -156,7 +167,14 @@ def why(plan: Plan) -> str:
     return text
 
 
-def _try(option: Deployment, planned: Sequence[Planned], targets: Targets) -> Verdict:
+def _company(plan: Plan) -> str:
+    """Those that the choice is the best of: as good as it is by failures and targets."""
+    alike = [each for each in plan.verdicts if each.result and each.rank[:2] == plan.chosen.rank[:2]]
+    rule = "fit" if plan.chosen.missed else "fit and meet the targets"
+    return f"the {len(alike)} of {len(plan.verdicts)} options that {rule}"
+
+
+def _try(option: Deployment, planned: Sequence[Arrival], targets: Targets) -> Verdict:
     if not option.memory.fits:
         return Verdict(option=option, result=None, why_not=f"does not fit: needs {option.memory} on a rank")
     result = option.run(planned).to_json()
@@ -171,4 +189,5 @@ def _why_not(other: Verdict, best: Verdict) -> str:
         mine, its = best.result[name].get("mean", 0.0), other.result[name].get("mean", 0.0)
         if mine > 0:
             ratios.append(f"{label} {its / mine:.2f}x")
-    return "; ".join([*other.missed, ", ".join(ratios)])
+    failed = [f"{other.result['failed']} requests failed"] if other.result["failed"] else []
+    return "; ".join([*failed, *other.missed, ", ".join(ratios)])

@@ -6,12 +6,15 @@ A rate is what a kernel reaches, not what a sheet promises.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_sps2.config import DTYPES, DType
+from megatron_sps2.config import DTYPES, DType, ParallelConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +84,23 @@ class DeviceProfile:
             raise ValueError(
                 f"profile {self.name!r} has no rates for {dtype}; use --dtype {' or '.join(known)}, "
                 "or measure it with `sps2 profile`"
+            )
+
+    def check_parallel(self, parallel: ParallelConfig) -> None:
+        """Raises ValueError for ranks that talk where no link was measured; warns of any other grid."""
+        if "sp" not in self.notes:
+            return  # a data sheet speaks of one device
+        sp_size, tp_size = self.notes["sp"], self.notes.get("tp", 1)
+        if sp_size == tp_size == 1 and parallel.sp_size * parallel.tp_size > 1:
+            raise ValueError(
+                f"sp={parallel.sp_size} tp={parallel.tp_size}: profile {self.name!r} was measured on one "
+                "rank and knows no link; measure with "
+                f"`sps2 profile --sp {parallel.sp_size} --tp {parallel.tp_size}`"
+            )
+        if (sp_size, tp_size) != (parallel.sp_size, parallel.tp_size):
+            logger.warning(
+                "profile %r was measured with sp=%s tp=%s, not sp=%d tp=%d: what ranks share may differ",
+                *(self.name, sp_size, tp_size, parallel.sp_size, parallel.tp_size),
             )
 
 

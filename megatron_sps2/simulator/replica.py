@@ -63,7 +63,7 @@ class Replica:
             csa=setup.csa,
             clock=lambda: self.now,
         )
-        self._num_layers = setup.model.num_layers
+        self._num_layers, self._policy = setup.model.num_layers, setup.schedule.policy
         self._inbox: deque[Request] = deque()
         self._alive: dict[int, Request] = {}
 
@@ -100,6 +100,8 @@ class Replica:
 
     def _step(self) -> None:
         plan = self.scheduler.schedule()
+        moved = plan.freed or plan.swapped_out or plan.swapped_in or self.scheduler.failed
+        assert moved or not plan.is_empty, f"policy {self._policy!r} has work at {self.now} s and does none"
         ended = [self._alive[each.request_id] for each in plan.pieces if self._is_through(each)]
         work = self._cost.counter.work(plan, len(ended))
         seconds = self._cost.price(work).total

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sps2.config import AttentionMode, PolicyName, ScheduleConfig
+from megatron_sps2.config import BATCHED_TOKENS, AttentionMode, PolicyName, ScheduleConfig
 
 EXAMPLES = ("sps2-exact", "sps2-csa", "sarathi-512", "fcfs")
 # What `sps2 serve` does where nothing is said.
 SHORT_PROMPT_TOKENS = 512
-BATCHED_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,8 +17,8 @@ class Setting:
 
     name: str
     policy: PolicyName
+    chunk: int  # tokens of a step: sarathi's chunk
     attention: AttentionMode = "exact"
-    chunk: int = BATCHED_TOKENS  # tokens of a step: sarathi's chunk
 
     @classmethod
     def parse(cls, name: str) -> Setting:
@@ -27,17 +26,20 @@ class Setting:
         policy, _, rest = name.partition("-")
         if policy == "sps2" and rest in ("exact", "csa", "auto", ""):
             modes: dict[str, AttentionMode] = {"csa": "csa", "auto": "auto"}
-            return cls(name=name, policy="sps2", attention=modes.get(rest, "exact"))
+            return cls(
+                name=name, policy="sps2", chunk=BATCHED_TOKENS["sps2"], attention=modes.get(rest, "exact")
+            )
         if policy == "sarathi" and rest.isdecimal() and int(rest) > 0:
             return cls(name=name, policy="sarathi", chunk=int(rest))
         if name == "fcfs":
-            return cls(name=name, policy="fcfs")
+            return cls(name=name, policy="fcfs", chunk=BATCHED_TOKENS["fcfs"])
         raise ValueError(
             f"setting {name!r} is not known; use names such as {', '.join(EXAMPLES)}, the number being "
             "sarathi's chunk"
         )
 
-    def schedule(self, max_num_seqs: int) -> ScheduleConfig:
+    def schedule(self, max_num_seqs: int, tbt_slo_ms: float | None = None) -> ScheduleConfig:
+        """`tbt_slo_ms` is what sps2 aims for; the others know no aim."""
         return ScheduleConfig(
             policy=self.policy,
             max_num_seqs=max_num_seqs,
@@ -45,5 +47,6 @@ class Setting:
             if self.policy == "sarathi"
             else self.chunk,
             short_prompt_tokens=SHORT_PROMPT_TOKENS,
+            tbt_slo_ms=tbt_slo_ms if self.policy == "sps2" else None,
             prefix_caching=True,
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_sps2.config import AttentionMode
 from megatron_sps2.engine.request import Request
-from megatron_sps2.simulator.arrivals import Planned, make_request
+from megatron_sps2.simulator.arrivals import Arrival, make_request
 from megatron_sps2.simulator.cost import CostModel
 from megatron_sps2.simulator.outcome import Served, summary
 from megatron_sps2.simulator.replica import Replica, Setup
@@ -35,7 +35,7 @@ class Outcome:
 
 
 def simulate(
-    setup: Setup, cost: CostModel, planned: Sequence[Planned], attention: AttentionMode = "exact"
+    setup: Setup, cost: CostModel, planned: Sequence[Arrival], attention: AttentionMode = "exact"
 ) -> Outcome:
     """Every request goes to the replica with the least to do, as the front end sends it."""
     replicas = [Replica(setup, cost) for _ in range(setup.parallel.dp_size)]
