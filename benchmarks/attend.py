@@ -43,11 +43,11 @@ def sdpa(qkv: list[Tensor], causal: bool) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv, 0.0, causal)[0]
 
 
-def attend_with_fp32_scores(q: Tensor, k: Tensor, v: Tensor, diagonal: int | None) -> object:
+def attend_with_fp32_scores(qkv: list[Tensor], diagonal: int | None) -> object:
     """Ours as it is where bf16 matmuls are slow: beside it stands what shifted scores gain."""
     many, blocked.MANY_KEYS = blocked.MANY_KEYS, sys.maxsize
     try:
-        return attend(q, k, v, scale=0.125, diagonal=diagonal)
+        return attend(*qkv, scale=0.125, diagonal=diagonal)
     finally:
         blocked.MANY_KEYS = many
 
@@ -68,7 +68,7 @@ def compare(num_queries: int, num_keys: int, args: argparse.Namespace, dtype: to
     diagonal = 0 if prefill else None
     slow, fp32_scores, fast = seconds(
         lambda: sdpa(theirs, prefill),
-        lambda: attend_with_fp32_scores(*ours, diagonal=diagonal),
+        lambda: attend_with_fp32_scores(ours, diagonal),
         lambda: attend(*ours, scale=0.125, diagonal=diagonal),
         budget=args.budget,
     )

@@ -53,7 +53,7 @@ def deepspeed(_: str) -> Callable[[int], Layer]:
     deepspeed.init_distributed("gloo")
 
     def flash(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-        out, _ = _flash_on_cpu(*(x.transpose(0, 1) for x in (q, k, v)))
+        out, _lse = _flash_on_cpu(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))
         return out.transpose(0, 1).contiguous()
 
     layer = DistributedAttention(flash, dist.group.WORLD, scatter_idx=2, gather_idx=0)
