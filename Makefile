@@ -24,6 +24,7 @@ PORT ?= 8000
 MOONCAKE ?= mooncake_conversation_trace.jsonl
 TEXT ?= text.txt
 RESULTS := benchmarks/evaluation
+RANDOM_LLAMA := $(SPS2_CACHE)/random-llama-56M
 
 .PHONY: help venv venv-test model demo serve lint test bench clean
 
@@ -84,6 +85,11 @@ bench: venv-test model
 		--settings sps2-csa,sps2-exact,sarathi-512,sarathi-2048 --text "$(TEXT)" --kv-cache-gib 0.5 \
 		--json $(RESULTS)/mooncake.json --html $(RESULTS)/mooncake.html; \
 	else echo "the trace is left out: MOONCAKE=$(MOONCAKE) is not there"; fi
+	rm -rf $(RANDOM_LLAMA) && $(BIN)/python -m benchmarks.random_checkpoint $(RANDOM_LLAMA)
+	$(BIN)/sps2 bench compare --checkpoint $(RANDOM_LLAMA) --sp 2 --dtype bfloat16 --trace-format synthetic \
+		--trace 0.7:128-1024:16-64,0.3:8192-24576:16-64 --num-requests 20 --request-rate 0.25 --rounds 2 --kv-cache-gib 1 \
+		--max-model-len 25600 --settings sps2-csa,sps2-exact,sarathi-512,sarathi-2048 \
+		--json $(RESULTS)/long_prompts.json --html $(RESULTS)/long_prompts.html
 	$(BIN)/python -m benchmarks.peers.install
 	$(BIN)/python -m benchmarks.peers.run --json $(RESULTS)/peers.json
 	$(BIN)/python -m benchmarks.simulator_error --json $(RESULTS)/simulator_error.json

@@ -114,7 +114,7 @@ def add_budgets(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csa-setting", default="default", help="of the real model")
 
 
-def _setting(args: argparse.Namespace) -> CsaSetting:
+def csa_setting(args: argparse.Namespace) -> CsaSetting:
     if args.checkpoint:
         return load_setting(args.csa_setting)
     return CsaSetting(
@@ -131,7 +131,7 @@ def engine_config(args: argparse.Namespace, folder: str, dtype: str) -> EngineCo
         checkpoint=folder,
         parallel=ParallelConfig(sp_size=args.sp),
         attention=AttentionConfig(mode="csa"),
-        csa=_setting(args),
+        csa=csa_setting(args),
         dtype=dtype,  # type: ignore[arg-type]
         max_model_len=max(args.lengths) + 64,
     )
@@ -169,7 +169,7 @@ def _measure(ours: Ours, ids: list[int], dtype: str, args: argparse.Namespace) -
     return Row(
         dtype=dtype,
         tokens=len(ids),
-        segment_size=_setting(args).for_prompt(len(ids)).segment_size,
+        segment_size=csa_setting(args).for_prompt(len(ids)).segment_size,
         exact_s=statistics.median(answer.times.ttft for answer in exact),
         csa_s=statistics.median(answer.times.ttft for answer in csa),
         density=reports[-1].density,

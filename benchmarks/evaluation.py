@@ -156,6 +156,7 @@ def simulator_error(found: list[dict[str, Any]]) -> str:
 
 WRITERS: dict[str, Callable[[Any], str]] = {
     "mooncake": compared,
+    "long_prompts": compared,
     "peers": peers,
     "simulator_error": simulator_error,
 }
