@@ -94,6 +94,28 @@ def test_sps2_without_a_target_gives_prefills_and_decodes_like_time() -> None:
     assert sizes == [0, 2, 0, 2], "two layers take about as long as a decode step"
 
 
+@pytest.mark.parametrize(("num_prompts", "layers"), [(1, 1), (2, 2), (3, 3), (7, 4), (40, 4)])
+def test_sps2_without_a_target_counts_who_waits_for_prefills_and_who_for_decodes(
+    num_prompts: int, layers: int
+) -> None:
+    """A layer takes about as long as a decode step; prompts are long: one is prefilled at a time."""
+    one = desk(
+        "sps2",
+        cost=lambda plan: 0.005 if plan.decode else 0.0048 * _num_layers(plan),
+        num_blocks=20_000,
+        short_prompt_tokens=16,
+    )
+    start_running(one, max_tokens=300)
+    for i in range(500, 512):  # until its timing is learned
+        one.add(i, 400, 1)
+        while not one.requests[i].output:
+            one.step()
+    for i in range(num_prompts):
+        one.add(i, 400, 1)
+    first = [_num_layers(one.step()) for _ in range(4)]
+    assert max(first) == layers
+
+
 def _num_layers(plan: StepPlan) -> int:
     return plan.pieces[0].last_layer - plan.pieces[0].first_layer if plan.pieces else 0
 

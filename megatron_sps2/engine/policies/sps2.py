@@ -17,6 +17,8 @@ from megatron_sps2.engine.request import Request
 PATIENCE = 5.0
 # Where nothing decodes, a piece takes about so long: what comes meanwhile waits no longer.
 IDLE_PIECE_S = 0.05
+# Decode steps that a piece takes at most, however many prompts wait: answers keep a fifth of their pace.
+MAX_DECODE_STEPS = 4.0
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +56,7 @@ class Sps2Policy:
         if group is None:
             return Choice(decode=bool(desk.running))
         self._decode_is_next = True
-        last = min(desk.num_layers, group.next_layer + self._piece(group, bool(desk.running)))
+        last = min(desk.num_layers, group.next_layer + self._piece(group, desk))
         return Choice(
             prefills=list(group.prefills), stops=[each.end for each in group.prefills], last_layer=last
         )
@@ -126,8 +128,8 @@ class Sps2Policy:
     def _is_short(self, request: Request) -> bool:
         return request.num_new_tokens <= self._config.short_prompt_tokens and not request.num_past
 
-    def _piece(self, group: _Group, decodes_wait: bool) -> int:
-        """Layers until the decodes' turn: about as long as a decode step, or as the TBT target allows."""
+    def _piece(self, group: _Group, desk: Desk) -> int:
+        """Layers until the decodes' turn, by the time that they may take."""
         self._first_layer = group.next_layer
         if self._config.layers_per_piece is not None:
             return self._config.layers_per_piece
@@ -136,14 +138,19 @@ class Sps2Policy:
             layer_s = self._timing.token_layer_s * group.load
         if layer_s is None:
             return 1
-        budget = self._decode_gap() if decodes_wait else IDLE_PIECE_S
+        budget = self._decode_gap(desk) if desk.running else IDLE_PIECE_S
         return max(1, int(budget / max(layer_s, 1e-9)))
 
-    def _decode_gap(self) -> float:
-        """Seconds of prefill that fit between two decode steps."""
+    def _decode_gap(self, desk: Desk) -> float:
+        """Seconds of prefill that fit between two decode steps.
+
+        Without a target, as many decode steps as prompts wait for each answer that runs: each request has the
+        same part in what is done, whether it waits for its first token or for its next.
+        """
         decode_s = self._timing.decode_s or 0.0
         if self._config.tbt_slo_ms is None:
-            return decode_s
+            num_prompts = len(desk.waiting) + len(desk.prefilling)
+            return decode_s * min(MAX_DECODE_STEPS, max(1.0, num_prompts / len(desk.running)))
         return max(0.0, self._config.tbt_slo_ms / 1e3 - decode_s)
 
     _first_layer = 0
