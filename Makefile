@@ -91,7 +91,9 @@ bench: venv-test model
 		--max-model-len 25600 --settings sps2-csa,sps2-exact,sarathi-512,sarathi-2048 \
 		--json $(RESULTS)/long_prompts.json --html $(RESULTS)/long_prompts.html
 	$(BIN)/python -m benchmarks.peers.install
-	$(BIN)/python -m benchmarks.peers.run --json $(RESULTS)/peers.json
+	$(BIN)/python -m benchmarks.peers.run --limit-s 90 --json $(RESULTS)/peers.json
+	$(BIN)/python -m benchmarks.peers.run --peers sps2_exact sps2_csa vllm_chunked --lengths 32768 --decodes 0 --rounds 1 --limit-s 250 \
+		--json $(RESULTS)/peers_32k.json
 	$(BIN)/python -m benchmarks.simulator_error --json $(RESULTS)/simulator_error.json
 	$(BIN)/python -m benchmarks.scaling --json $(RESULTS)/scaling.json --figures docs/figures
 	$(BIN)/python -m benchmarks.simulated_clusters --figures docs/figures

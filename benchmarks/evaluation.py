@@ -158,6 +158,7 @@ WRITERS: dict[str, Callable[[Any], str]] = {
     "mooncake": compared,
     "long_prompts": compared,
     "peers": peers,
+    "peers_32k": peers,
     "simulator_error": simulator_error,
 }
 

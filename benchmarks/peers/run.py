@@ -96,7 +96,8 @@ def main() -> None:
             ]
             tables["attention"] = measure(peers, layers, files, args)
     if args.json:
-        about = {"flags": vars(args), "machine": platform.platform(), "processor": _processor()}
+        flags = {name: value for name, value in vars(args).items() if name not in ("logs", "json")}
+        about = {"flags": flags, "machine": platform.platform(), "processor": _processor()}
         Path(args.json).write_text(json.dumps({**about, **tables}, indent=1) + "\n")
 
 
