@@ -69,7 +69,7 @@ def _config(args: argparse.Namespace) -> EngineConfig:
         csa=csa if mode == "csa" else None,
         dtype="bfloat16",
         max_model_len=args.max_length,
-        schedule=ScheduleConfig(max_num_seqs=args.num_decodes),
+        schedule=ScheduleConfig(max_num_seqs=max(1, args.num_decodes)),
         cache=CacheConfig(num_blocks=num_tokens // 64 + args.num_decodes),  # twice what is needed on 2 ranks
         timeout_s=PATIENCE.total_seconds(),
     )
