@@ -117,6 +117,20 @@ def test_large_scores_do_not_overflow(implementation: Attend) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sq", [1, 2, 6, 16])
+@pytest.mark.parametrize("sk", [1, 2, 7, 255, 256, 257, 1000])
+def test_heads_of_few_queries_do_not_depend_to_the_bit_on_each_other(
+    sk: int, sq: int, dtype: torch.dtype
+) -> None:
+    q, k, v = (x.to(dtype) for x in make(sq, sk, n=4, n_kv=2))
+    out, lse = attend_few(q, k, v, scale=0.125, diagonal=None)
+    for head in range(2):
+        heads = slice(2 * head, 2 * head + 2)
+        alone = attend_few(q[:, :, heads], k[:, :, [head]], v[:, :, [head]], scale=0.125, diagonal=None)
+        assert torch.equal(alone[0], out[:, :, heads]) and torch.equal(alone[1], lse[:, :, heads])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sq", [1, 100])
 def test_a_head_does_not_depend_to_the_bit_on_the_others(sq: int, dtype: torch.dtype) -> None:
     q, k, v = (x.to(dtype) for x in make(sq, 300, b=2, n=6, n_kv=3))
