@@ -27,6 +27,16 @@ from megatron_sps2.engine.scheduler import Scheduler
 NUM_LAYERS = 4
 BLOCK = 4
 VOCAB_SIZE = 50
+MODEL = ModelConfig(
+    num_layers=NUM_LAYERS,
+    hidden_size=8,
+    ffn_hidden_size=8,
+    num_attention_heads=4,
+    num_query_groups=4,
+    head_dim=2,
+    vocab_size=VOCAB_SIZE,
+    max_seq_len=1000,
+)
 Slot = tuple[int, int]  # position, digest of all tokens up to it
 
 
@@ -174,22 +184,12 @@ class Desk:
         cost: Callable[[StepPlan], float] = lambda plan: 1.0,
         **schedule: Any,
     ) -> None:
-        model = ModelConfig(
-            num_layers=NUM_LAYERS,
-            hidden_size=8,
-            ffn_hidden_size=8,
-            num_attention_heads=4,
-            num_query_groups=4,
-            head_dim=2,
-            vocab_size=VOCAB_SIZE,
-            max_seq_len=1000,
-        )
         config = ScheduleConfig(**{"max_num_seqs": 2, **schedule})
         cache = CacheConfig(num_blocks=num_blocks, block_size=BLOCK)
         self.now, self._cost = 0.0, cost
         self.blocks = BlockManager(cache, sp_size, prefix_caching=config.prefix_caching)
         self.scheduler = Scheduler(
-            model,
+            MODEL,
             ParallelConfig(sp_size=sp_size),
             AttentionConfig(strategy=strategy),
             self.blocks,

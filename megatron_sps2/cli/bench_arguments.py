@@ -114,6 +114,22 @@ def add_request(group: argparse._ActionsContainer) -> None:
 def add_trace(parser: argparse.ArgumentParser) -> None:
     """What is sent: lengths of a trace, prompts of a seed or a text."""
     group = parser.add_argument_group("requests")
+    add_lengths(group)
+    group.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="prompt + output are clipped to it (default: what the endpoint says)",
+    )
+    group.add_argument(
+        "--vocab-size", type=int, default=1000, metavar="N", help="random token ids are drawn below it"
+    )
+    group.add_argument("--text", metavar="FILE", help="cut prompts from this text, not from random ids")
+    group.add_argument("--tokenizer", metavar="CHECKPOINT", help="whose tokenizer reads --text")
+
+
+def add_lengths(group: argparse._ActionsContainer) -> None:
+    """Which requests of which trace, and how they are scaled: sent for real, or simulated."""
     group.add_argument(
         "--trace",
         required=True,
@@ -137,17 +153,6 @@ def add_trace(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--length-scale", type=float, default=1.0, metavar="Y", help="prompt and output lengths are, by this"
     )
-    group.add_argument(
-        "--max-model-len",
-        type=int,
-        metavar="N",
-        help="prompt + output are clipped to it (default: what the endpoint says)",
-    )
-    group.add_argument(
-        "--vocab-size", type=int, default=1000, metavar="N", help="random token ids are drawn below it"
-    )
-    group.add_argument("--text", metavar="FILE", help="cut prompts from this text, not from random ids")
-    group.add_argument("--tokenizer", metavar="CHECKPOINT", help="whose tokenizer reads --text")
     group.add_argument("--seed", type=int, default=0, metavar="S", help="of tokens, arrivals and mixes")
 
 

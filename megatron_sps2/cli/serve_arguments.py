@@ -55,6 +55,18 @@ def _add_http(parser: argparse.ArgumentParser) -> None:
 
 def _add_schedule(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("scheduling and memory")
+    add_policy(group)
+    group.add_argument(
+        "--kv-cache-gib",
+        type=float,
+        metavar="G",
+        help="KV cache of each rank (default: what --max-num-seqs requests of --max-model-len need, 2 at "
+        "most, but room for one)",
+    )
+
+
+def add_policy(group: argparse._ActionsContainer) -> None:
+    """What the scheduler is told, a real one or a simulated one."""
     group.add_argument(
         "--policy",
         choices=POLICY_NAMES,
@@ -81,7 +93,7 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="X",
         help="sps2: time between two tokens of an answer to aim for; a larger one lets prompts through "
-        "faster (default: as short as can be)",
+        "faster (default: about two decode steps, up to five where prompts queue)",
     )
     group.add_argument(
         "--short-prompt-tokens",
@@ -103,14 +115,7 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
         help="what becomes of a request that must make room: computed again, or swapped to host memory",
     )
     group.add_argument(
-        "--kv-cache-gib",
-        type=float,
-        metavar="G",
-        help="KV cache of each rank (default: what --max-num-seqs requests of --max-model-len need, 2 at "
-        "most, but room for one)",
-    )
-    group.add_argument(
-        "--num-kv-blocks", type=int, metavar="N", help="KV blocks of each rank, instead of a size"
+        "--num-kv-blocks", type=int, metavar="N", help="KV blocks of each rank, instead of what memory leaves"
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from megatron_sps2.cli.arguments import Commands, add_engine, command, finish
-from megatron_sps2.cli.bench_arguments import TRACE_FORMATS
-from megatron_sps2.config import ATTENTION_MODES, DTYPES, POLICY_NAMES, PREEMPTION_MODES
+from megatron_sps2.cli.bench_arguments import add_lengths
+from megatron_sps2.cli.serve_arguments import add_policy
+from megatron_sps2.config import ATTENTION_MODES, DTYPES
 
 
 def add_profile(commands: Commands, name: str) -> None:
@@ -97,31 +98,8 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
 
 def _add_schedule(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("scheduling")
-    group.add_argument("--policy", choices=POLICY_NAMES, default="sps2", help="as of `sps2 serve`")
+    add_policy(group)
     group.add_argument("--attention", choices=ATTENTION_MODES, default="exact", help="of prompts")
-    group.add_argument(
-        "--max-num-seqs", type=int, default=64, metavar="N", help="requests at a time, a replica"
-    )
-    group.add_argument(
-        "--max-num-batched-tokens",
-        type=int,
-        metavar="N",
-        help="tokens of a step (default: that of `sps2 serve`)",
-    )
-    group.add_argument(
-        "--short-prompt-tokens", type=int, default=512, metavar="N", help="sps2: these live on one rank"
-    )
-    group.add_argument("--tbt-slo-ms", type=float, metavar="X", help="sps2: time between tokens to aim for")
-    group.add_argument(
-        "--enable-prefix-caching",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="prompts that begin alike share blocks (default: on)",
-    )
-    group.add_argument(
-        "--num-kv-blocks", type=int, metavar="N", help="of each rank (default: what its memory leaves)"
-    )
-    group.add_argument("--preemption", choices=PREEMPTION_MODES, default="recompute", help="see `sps2 serve`")
     group.add_argument(
         "--max-model-len", type=int, metavar="N", help="prompt + output (default: the trace's longest)"
     )
@@ -129,21 +107,11 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
 
 def _add_trace(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("requests")
-    group.add_argument(
-        "--trace",
-        required=True,
-        metavar="F",
-        help="a file, or for synthetic a mix such as 0.8:128-1024:64,0.2:4096-8192:64-256",
-    )
-    group.add_argument("--trace-format", choices=TRACE_FORMATS, default="mooncake", help="as of `sps2 bench`")
-    group.add_argument("--num-requests", type=int, metavar="N", help="the first N (default: all)")
-    group.add_argument("--time-scale", type=float, default=1.0, metavar="X", help="stretches arrival times")
-    group.add_argument("--length-scale", type=float, default=1.0, metavar="Y", help="stretches lengths")
+    add_lengths(group)
     group.add_argument(
         "--request-rate",
         type=float,
         metavar="R",
         help="Poisson arrivals at so many per second (default: the trace's own times)",
     )
-    group.add_argument("--seed", type=int, default=0, metavar="S", help="of mixes and arrivals")
     group.add_argument("--json", metavar="OUT", help="write all numbers there; - is stdout, and nothing else")
