@@ -20,7 +20,7 @@ from megatron_sps2.bench.summary import summarize
 from megatron_sps2.bench.trace import Planned
 from megatron_sps2.bench.workload import Ask, WorkloadConfig
 
-OK, REFUSED, BROKEN, SILENT, SAID, CLOSED, ODD, EMPTY, BUNCHED, NOT_JSON = range(10)
+OK, REFUSED, BROKEN, SILENT, SAID, CLOSED, ODD, EMPTY, BUNCHED, NOT_JSON, CUT = KINDS = range(11)
 USAGE = {"prompt_tokens": 9, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}
 
 
@@ -78,7 +78,9 @@ def _events(what: int) -> list[bytes]:
     if what == ODD:
         tokens = [["a\u2028"], ["b\x85"], ["c"]]  # no line ends, though Python's splitlines says so
     chunks = [{"choices": [{"text": "".join(each), "logprobs": {"tokens": each}}]} for each in tokens]
-    end = {"choices": [{"text": "", "logprobs": None, "finish_reason": "length"}], "timings": {"x": 1}}
+    end: dict[str, Any] = {"choices": [{"text": "", "logprobs": None, "finish_reason": "length"}], "timings": {"x": 1}}
+    if what == CUT:
+        end["choices"][0]["finish_reason"] = "abort"
     whole = [*chunks, end, {"choices": [], "usage": USAGE}]
     if what == EMPTY:
         whole = [end]
@@ -116,7 +118,7 @@ async def send(
 @pytest.fixture(scope="module")
 def mixed() -> list[Record]:
     """One request of each kind, twice, all at once."""
-    kinds = [*range(10), *range(10)]
+    kinds = [*KINDS, *KINDS]
     start = time.monotonic()
     records, _ = asyncio.run(send(*(ask(i, what) for i, what in enumerate(kinds))))
     assert time.monotonic() - start < 8  # the silent one's limit is 1.5 s
@@ -133,20 +135,21 @@ def mixed() -> list[Record]:
         (CLOSED, "RemoteProtocolError: "),
         (EMPTY, "the answer has no token"),
         (NOT_JSON, "DecodeError: JSON is malformed"),
+        (CUT, "the answer ended with 'abort' after 3 tokens"),
     ],
 )
 def test_a_failure_is_a_record_that_says_why(mixed: list[Record], what: int, said: str) -> None:
-    for record in (mixed[what], mixed[what + 10]):
+    for record in (mixed[what], mixed[what + len(KINDS)]):
         assert record.error.startswith(said) and not record.ok
         assert record.end_s >= record.sent_s > 0
 
 
 def test_whole_answers_beside_failures_are_counted_right(mixed: list[Record]) -> None:
     found = summarize(mixed)
-    assert (found["completed"], found["failed"]) == (6, 14)
+    assert (found["completed"], found["failed"]) == (6, 16)
     assert (found["total_input_tokens"], found["total_output_tokens"]) == (54, 18)
     assert (found["total_cached_tokens"], found["error_counts"]["not done within 1.5 s"]) == (12, 2)
-    assert [each.index for each in mixed] == list(range(20))
+    assert [each.index for each in mixed] == list(range(22))
 
 
 @pytest.mark.parametrize(("what", "text"), [(OK, "abc"), (ODD, "a\u2028b\x85c"), (BUNCHED, "abc")])
