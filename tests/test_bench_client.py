@@ -78,9 +78,8 @@ def _events(what: int) -> list[bytes]:
     if what == ODD:
         tokens = [["a\u2028"], ["b\x85"], ["c"]]  # no line ends, though Python's splitlines says so
     chunks = [{"choices": [{"text": "".join(each), "logprobs": {"tokens": each}}]} for each in tokens]
-    end: dict[str, Any] = {"choices": [{"text": "", "logprobs": None, "finish_reason": "length"}], "timings": {"x": 1}}
-    if what == CUT:
-        end["choices"][0]["finish_reason"] = "abort"
+    reason = "abort" if what == CUT else "length"
+    end = {"choices": [{"text": "", "logprobs": None, "finish_reason": reason}], "timings": {"x": 1}}
     whole = [*chunks, end, {"choices": [], "usage": USAGE}]
     if what == EMPTY:
         whole = [end]
