@@ -140,6 +140,9 @@ def test_a_windowed_layer_is_windowed_whatever_the_prompts_strategy(strategy: st
     pairs = 32 * causal_pairs(0, 30720, 1024)
     assert work.attention_flops == pytest.approx(4 * pairs * LLAMA.num_attention_heads * LLAMA.head_dim / 3)
     assert work.intra_rounds == 32 * 2, "one collective a layer, of two rounds"
+    traffic = Traffic(model=model, parallel=ParallelConfig(sp_size=3), element_size=2)
+    sent = traffic.windowed(1024 * 5)
+    assert work.bytes_sent == pytest.approx(32 * sent), "a window before each of five seams, not all keys"
 
 
 def test_csa_spares_far_keys_and_full_csa_spares_none() -> None:
