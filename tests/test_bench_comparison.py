@@ -55,6 +55,14 @@ def test_results_pool_rounds_and_compare_answers_with_exact() -> None:
     assert page.count("<svg") == 1 and page.count("<caption>") == 4 and "an &lt;old&gt; machine" in page
 
 
+def test_goodput_is_told_where_limits_are_given() -> None:
+    turns = [turn("sps2-exact", 0, 1.0, "abc"), turn("fcfs", 0, 4.0, "abc")]
+    for slos, said in (({}, ["-", "-"]), ({"ttft": 2000.0}, ["0.333", "0"])):
+        [speed, *_] = sheets(Comparison(settings("sps2-exact", "fcfs"), turns, slos).to_json())
+        column = speed.columns.index("within limits/s")
+        assert [row[column] for row in speed.rows] == said
+
+
 def test_a_comparison_cut_short_keeps_the_rounds_that_all_have_taken() -> None:
     turns = [turn("sps2-exact", 0, 1.0, "abc"), turn("fcfs", 0, 2.0, "abc"), turn("fcfs", 1, 9.0, "abc")]
     found = Comparison(settings("sps2-exact", "fcfs"), turns).to_json()

@@ -69,12 +69,14 @@ def _speed(results: Results, load: float) -> Sheet:
         ("busy", lambda one: _number(one["prefill_throughput_busy"])),
         ("decode tok/s", lambda one: _number(one["decode_throughput"])),
         ("busy", lambda one: _number(one["decode_throughput_busy"])),
+        ("within limits/s", lambda one: _number(one["request_goodput"])),
         ("cached", _cached),
         ("failed", lambda one: str(one["failed"])),
     ]
     return Sheet(
         title=f"Arrival times x {load:g}",
         note="busy: of the time in which a prompt waited for its first token, or an answer for its last; "
+        "within limits: requests that kept every limit of --goodput; "
         "cached: prompt tokens found in the prefix cache",
         columns=["setting", *(title for title, _ in cells)],
         rows=[[one["setting"], *(cell(one) for _, cell in cells)] for one in _of(results, load)],
