@@ -39,6 +39,7 @@ from megatron_sps2.server.protocol import (
 
 SILENT_S = 0.5
 WAIT_S = 10.0
+NUM_TALKED = 400
 OLD, NEW = 77, 5  # numbers of worlds say nothing about their order
 
 
@@ -207,6 +208,26 @@ def test_silence_that_ends_is_forgiven_and_what_it_failed_is_aborted(tmp_path: P
         await desk.until(lambda: desk.client.state == "serving")
         assert await engine.received() == Abort(request_id=stream.request_id)
         desk.client.check_room(1)
+
+    run(tmp_path, play)
+
+
+def test_an_engine_that_talks_without_a_pause_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """What has come already is taken in turns with everything else that the front end does."""
+
+    async def play(desk: Desk) -> None:
+        engine = await desk.serving(OLD)
+        stream = await desk.submit()
+        tokens = Deltas(items=[Delta(request_id=stream.request_id, tokens=[Token(3)])])
+        for _ in range(NUM_TALKED):
+            await engine.leader.send(encode(tokens))
+            await engine.beats.send(encode(beat(OLD)))
+        time.sleep(0.3)  # all of it lies in the sockets
+        begun, turns = stream.num_generated, 0
+        while stream.num_generated < NUM_TALKED:
+            await asyncio.sleep(0)
+            turns += 1
+        assert turns >= (NUM_TALKED - begun) / 2, (turns, begun)
 
     run(tmp_path, play)
 

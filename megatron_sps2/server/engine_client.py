@@ -10,7 +10,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -188,8 +188,7 @@ class EngineClient:
                 tasks.create_task(loop)
 
     async def _read_engine(self) -> None:
-        while True:
-            sender, *body = await self._engine.recv_multipart()
+        async for sender, *body in _messages(self._engine):
             try:
                 message = decode_from_engine(b"".join(body))
             except msgspec.DecodeError:
@@ -201,9 +200,9 @@ class EngineClient:
                 self._take(message)
 
     async def _read_beats(self) -> None:
-        while True:
+        async for (body,) in _messages(self._beats):
             try:
-                message = decode_beat(await self._beats.recv())
+                message = decode_beat(body)
             except msgspec.DecodeError:
                 logger.exception("a message to the address for heartbeats cannot be read")
                 continue
@@ -292,3 +291,13 @@ class EngineClient:
             self.state, self.lost_message = "lost", message
             self.fail_all(self.unavailable())
             self.lost.set()
+
+
+async def _messages(socket: zmq.asyncio.Socket) -> AsyncIterator[list[bytes]]:
+    """Each message's frames, with a pause between two: what has come already is received without one.
+
+    Clients, deadlines and aborts would else wait while an engine talks faster than this process reads.
+    """
+    while True:
+        yield await socket.recv_multipart()
+        await asyncio.sleep(0)
