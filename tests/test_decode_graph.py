@@ -6,9 +6,8 @@ As in a CUDA graph, nothing that the host knew when a step was recorded may matt
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -32,10 +31,9 @@ from tests.ranks import run_ranks
 from tests.test_policies_exact import Job, Served, run_job, schedule
 
 RECORDABLE = replace(TORCH, append_roped=append_roped, attend_paged=attend_paged_reference)
-JOBS = {
-    "chunks, swap": Job(schedule("sarathi", preemption="swap", max_num_seqs=5)),
-    "turns": Job(schedule("sps2", short_prompt_tokens=0, max_num_seqs=2), asks="turns"),
-}
+FAMILIES: dict[str, dict[str, int]] = {"smollm3": {}, "gemma3": {"sliding_window": 20}, "gpt2": {}}
+# Two conversations at once whose second turns do not fit together: one is preempted and comes back.
+TURNS = Job(schedule("sps2", short_prompt_tokens=0, max_num_seqs=2), asks="turns")
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 8, 14, 64])
@@ -76,52 +74,46 @@ class Traced:
         return replay
 
 
-def serve(checkpoint: str, names: Sequence[str], frozen: bool = False) -> dict[str, tuple[Any, ...]]:
-    """By job: served as ever, and replayed; how often."""
-    parallel = ParallelConfig()
-    groups, found = ParallelGroups.create(parallel), {}
-    for name in names:
-        job, served, recorder = JOBS[name], list[Served](), Traced()
-        for kernels in (TORCH, RECORDABLE):
-            context = StepContext()
-            core = functools.partial(SequenceParallelAttention, context=context)
-            forward = load_gpt(checkpoint, groups.to_megatron(), core, torch.float32)
-            config = job.config(checkpoint, parallel)
-            engine = assemble(config, groups, forward, context)
-            runner = engine._runner
-            runner._kernels = kernels
-            if kernels is RECORDABLE:
-                runner.record_decode(recorder, max_rows=config.schedule.max_num_seqs, max_tokens=500)
-                if frozen:
-                    StaticBatch._send = lambda *_: None  # type: ignore[method-assign]
-            served.append(run_job(engine, job, 0))
-        found[name] = (*served, recorder.num_replays)
-    return found
+def serve(checkpoint: str, frozen: bool = False) -> tuple[Served, Served, int]:
+    """As ever, and replayed; how often."""
+    groups = ParallelGroups.create(ParallelConfig())
+    served, recorder = list[Served](), Traced()
+    for kernels in (TORCH, RECORDABLE):
+        context = StepContext()
+        core = functools.partial(SequenceParallelAttention, context=context)
+        forward = load_gpt(checkpoint, groups.to_megatron(), core, torch.float32)
+        config = TURNS.config(checkpoint, ParallelConfig())
+        engine = assemble(config, groups, forward, context)
+        runner = engine._runner
+        runner._kernels = kernels
+        if kernels is RECORDABLE:
+            runner.record_decode(recorder, max_rows=config.schedule.max_num_seqs, max_tokens=500)
+            if frozen:
+                StaticBatch._send = lambda *_: None  # type: ignore[method-assign]
+        served.append(run_job(engine, TURNS, 0))
+    return *served, recorder.num_replays
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("graph")
-    for family, changes in (("smollm3", {}), ("gemma3", {"sliding_window": 20}), ("gpt2", {})):
+    for family, changes in FAMILIES.items():
         save_family(family, folder / f"{family}-hf", **changes)
         convert(folder / f"{family}-hf", folder / family)
-    return {family: str(folder / family) for family in ("smollm3", "gemma3", "gpt2")}
+    return {family: str(folder / family) for family in FAMILIES}
 
 
-@pytest.mark.parametrize(
-    ("family", "names"),
-    [("smollm3", ["turns"]), ("gemma3", ["chunks, swap"]), ("gpt2", ["turns"])],
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_replayed_steps_give_the_tokens_of_steps_that_are_launched(
-    family: str, names: list[str], checkpoints: dict[str, str]
+    family: str, checkpoints: dict[str, str]
 ) -> None:
-    """Requests that come, end, are preempted and come back; layers without rotation; windows; positions."""
-    for name, (plain, replayed, num_replays) in run_ranks(1, serve, checkpoints[family], names)[0].items():
-        assert replayed.tokens == plain.tokens, name
-        assert replayed.leaked == plain.leaked and replayed.left == plain.left
-        assert num_replays > 10, name
+    """Layers without rotation; windows; learned positions."""
+    plain, replayed, num_replays = run_ranks(1, serve, checkpoints[family])[0]
+    assert replayed.tokens == plain.tokens
+    assert (replayed.leaked, replayed.left) == (plain.leaked, plain.left)
+    assert max(replayed.preemptions) and num_replays > 10
 
 
 def test_control_numbers_that_are_not_sent_anew_give_other_tokens(checkpoints: dict[str, str]) -> None:
-    plain, replayed, _ = run_ranks(1, serve, checkpoints["gpt2"], ["turns"], True)[0]["turns"]
+    plain, replayed, _ = run_ranks(1, serve, checkpoints["gpt2"], True)[0]
     assert len(replayed.tokens) == len(plain.tokens) and replayed.tokens != plain.tokens
