@@ -180,6 +180,14 @@ def test_inputs_may_be_slices_of_a_cache(make: Make, shift: int) -> None:
     check(q, k, v, 80)
 
 
+def test_the_stride_of_a_single_batch_entry_or_head_may_be_anything(make: Make) -> None:
+    q, k, v = make(20, 100)
+    odd = k.as_strided(k.shape, (64, 7, 9, 1))
+    assert odd.is_contiguous() and torch.equal(odd, k)
+    want = attend_prefill(q, k, v, scale=0.125, diagonal=80)
+    assert torch.equal(attend_prefill(q, odd, v, scale=0.125, diagonal=80)[0], want[0])
+
+
 def test_values_may_arrive_late_and_are_asked_for_once(make: Make) -> None:
     q, k, v = make(10, 30)
     asked: list[int] = []

@@ -202,7 +202,7 @@ def return_partials(
 
 
 def typed_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes [..., n * itemsize] as [..., n] of `dtype`: a view, unless some row begins between two numbers."""
+    """Bytes [..., n * itemsize] -> [..., n] of `dtype`: a view, unless a row begins between two numbers."""
     places = (rows.storage_offset(), *rows.stride()[:-1])
     if any(place % dtype.itemsize for place in places):
         rows = rows.contiguous()

@@ -30,7 +30,7 @@ class Cut:
 
 
 def cut_keys(num_queries: int, num_keys: int, diagonal: int | None, *, square: bool) -> Cut | None:
-    """How a library whose causal mask ends in the lower right corner attends up to `diagonal`; None: it cannot.
+    """How a library whose causal mask ends in the lower right corner attends up to `diagonal`, if it can.
 
     Keys beyond the last query's are left out, and then the corner is where it should be. `square`: causal
     masks are for as many keys as queries only, since versions differ about the others.

@@ -29,8 +29,8 @@ def choose_tiles(num_rows: int, head_dim: int, dtype: torch.dtype, capability: t
     """
     if dtype == torch.float32:  # Exact fp32 dots run without tensor cores: slow whatever the tile.
         return Tiles(rows=32, keys=32 if head_dim <= 128 else 16, num_warps=8, num_stages=1)
-    if capability < (9, 0):  # Down to 99 KB of shared memory.
-        return Tiles(rows=64, keys=64 if head_dim <= 128 else 32, num_warps=4, num_stages=2)
+    if capability < (9, 0):  # No copy engine: keys come through registers.
+        return Tiles(rows=64, keys=64 if head_dim <= 64 else 32, num_warps=4, num_stages=2)
     if head_dim > 128:
         return Tiles(rows=128, keys=32, num_warps=8, num_stages=2)
     if num_rows <= 64:  # One warp group's worth: the least that Hopper's matrix units take.
