@@ -23,32 +23,35 @@ def running_softmax(scores, scale_log2, top, total):
 
 
 @triton.jit
-def score_tile(
-    queries, keys, batch, kv_head, start,
-    KEYS: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Scores fp32 `[ROWS, KEYS]` with keys start..start + KEYS; those beyond the last key are zeros."""
-    k = keys.load([batch, kv_head, start, 0]).reshape(KEYS, BLOCK_D)
-    if UPCAST:
-        k = k.to(tl.float32)
-    return tl.dot(queries, k.T, input_precision=PRECISION)
+def load_tile(
+    described, batch, kv_head, start, KEYS: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr
+):
+    """Keys or values start..start + KEYS `[KEYS, BLOCK_D]`; zeros beyond the last one and beyond head_dim."""
+    tile = described.load([batch, kv_head, start, 0]).reshape(KEYS, BLOCK_D)
+    return tile.to(tl.float32) if UPCAST else tile
 
 
 @triton.jit
-def attend_tile(
-    scores, values, batch, kv_head, start, visible, scale_log2, acc, top, total,
+def attend_span(
+    queries, keys, values, batch, kv_head, start, stop, visible, scale_log2, scores, acc, top, total,
     MASKED: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(acc, top, total) after keys start..start + KEYS, of which row r sees those below visible[r]."""
-    if MASKED:
-        scores = tl.where(start + tl.arange(0, KEYS)[None, :] < visible[:, None], scores, -float("inf"))
-    weights, past, top, total = running_softmax(scores, scale_log2, top, total)
-    v = values.load([batch, kv_head, start, 0]).reshape(KEYS, BLOCK_D)
-    if UPCAST:
-        v = v.to(tl.float32)
-    acc = tl.dot(weights.to(v.dtype), v, acc * past[:, None], input_precision=PRECISION)
-    return acc, top, total
+    """The softmax's state after keys start <= j < stop, of which row r sees those below visible[r].
+
+    `scores` are those of the first tile, and on return of the tile after the last. They are computed one tile
+    ahead: the tensor cores have them to do while the softmax runs.
+    """
+    for key in tl.range(start, stop, KEYS):
+        k = load_tile(keys, batch, kv_head, key + KEYS, KEYS, BLOCK_D, UPCAST)
+        following = tl.dot(queries, k.T, input_precision=PRECISION)
+        if MASKED:
+            scores = tl.where(key + tl.arange(0, KEYS)[None, :] < visible[:, None], scores, -float("inf"))
+        weights, past, top, total = running_softmax(scores, scale_log2, top, total)
+        v = load_tile(values, batch, kv_head, key, KEYS, BLOCK_D, UPCAST)
+        acc = tl.dot(weights.to(v.dtype), v, acc * past[:, None], input_precision=PRECISION)
+        scores = following
+    return scores, acc, top, total
 
 
 @triton.jit(do_not_specialize=["sq", "sk", "b", "n_kv", "diagonal", "chunk", "num_tiles", "num_splits"])
@@ -62,7 +65,7 @@ def flash_kernel(
 
     out `[num_splits, sq, b, n, d]` and lse `[num_splits, sq, b, n]` fp32 are contiguous. A row of a tile is
     one query of one head: the GROUP heads that share a KV head lie side by side, so that few queries, too,
-    fill a tile. Scores are computed one tile ahead: the tensor cores have them to do while the softmax runs.
+    fill a tile.
     """
     # Queries that see most keys come first: the last programs to start are the short ones.
     program = tl.program_id(0)
@@ -91,21 +94,16 @@ def flash_kernel(
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    scores = score_tile(queries, keys, batch, kv_head, start, KEYS, BLOCK_D, UPCAST, PRECISION)
-    for key in tl.range(start, clear, KEYS):
-        following = score_tile(queries, keys, batch, kv_head, key + KEYS, KEYS, BLOCK_D, UPCAST, PRECISION)
-        acc, top, total = attend_tile(
-            scores, values, batch, kv_head, key, visible, scale_log2, acc, top, total,
-            False, KEYS, BLOCK_D, UPCAST, PRECISION,
-        )  # fmt: skip
-        scores = following
-    for key in tl.range(clear, stop, KEYS):
-        following = score_tile(queries, keys, batch, kv_head, key + KEYS, KEYS, BLOCK_D, UPCAST, PRECISION)
-        acc, top, total = attend_tile(
-            scores, values, batch, kv_head, key, visible, scale_log2, acc, top, total,
-            True, KEYS, BLOCK_D, UPCAST, PRECISION,
-        )  # fmt: skip
-        scores = following
+    first = load_tile(keys, batch, kv_head, start, KEYS, BLOCK_D, UPCAST)
+    scores = tl.dot(queries, first.T, input_precision=PRECISION)
+    scores, acc, top, total = attend_span(
+        queries, keys, values, batch, kv_head, start, clear, visible, scale_log2, scores, acc, top, total,
+        False, KEYS, BLOCK_D, UPCAST, PRECISION,
+    )  # fmt: skip
+    scores, acc, top, total = attend_span(
+        queries, keys, values, batch, kv_head, clear, stop, visible, scale_log2, scores, acc, top, total,
+        True, KEYS, BLOCK_D, UPCAST, PRECISION,
+    )  # fmt: skip
 
     total = tl.where(total == 0.0, 1.0, total)  # A query without keys: top is -inf, acc is 0.
     offsets = ((split.to(tl.int64) * sq + tokens) * b + batch) * (n_kv * GROUP) + heads

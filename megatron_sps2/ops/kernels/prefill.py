@@ -26,20 +26,20 @@ COPY_ALIGNMENT = 16
 def attend_prefill(
     q: Tensor, k: Tensor, v: Values, *, scale: float, diagonal: int | None
 ) -> tuple[Tensor, Tensor]:
-    """`ops.attend.attend` for bf16, fp16 and fp32, and a head_dim that is a multiple of 16 up to 256.
+    """`ops.attend.attend` for bf16, fp16 and fp32, and a head_dim that is a multiple of 8 up to 256.
 
     `v` as a function is called before the launch: on a GPU it makes the stream wait, not this thread.
     """
     check_shapes(q, k)
-    if q.shape[3] % 16 or q.shape[3] > MAX_HEAD_DIM:
+    if q.shape[3] % 8 or q.shape[3] > MAX_HEAD_DIM:
         raise ValueError(
-            f"head_dim {q.shape[3]} has no kernel; it takes a multiple of 16 up to {MAX_HEAD_DIM}: use "
+            f"head_dim {q.shape[3]} has no kernel; it takes a multiple of 8 up to {MAX_HEAD_DIM}: use "
             "kernels='torch'"
         )
     assert scale > 0 and q.stride(3) == 1, (scale, q.stride())
     v = v() if callable(v) else v
     sq, sk = q.shape[0], k.shape[0]
-    if sq == 0 or sk == 0:
+    if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     offset = sk if diagonal is None else min(max(diagonal, -sq), sk)
     num_rows = sq * (q.shape[2] // k.shape[2])
@@ -58,7 +58,7 @@ def _launch(
     sk, _, n_kv, _ = k.shape
     outs = q.new_empty((num_splits, *q.shape), dtype=q.dtype if num_splits == 1 else torch.float32)
     lses = q.new_empty((num_splits, sq, b, n), dtype=torch.float32)
-    block_d = triton.next_power_of_2(d)
+    block_d = max(16, triton.next_power_of_2(d))
     keys, values = (_described(x, tiles.keys, block_d) for x in (k, v))
     num_tiles = triton.cdiv(sq * (n // n_kv), tiles.rows)
     flash_kernel[(num_splits * num_tiles * b * n_kv,)](
