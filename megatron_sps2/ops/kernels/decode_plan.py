@@ -23,7 +23,7 @@ STAGED_BYTES = 64 * 1024
 
 def max_splits(num_kv_heads: int) -> int:
     """The most splits that a row is cut into per KV head, a power of two; the same for every batch."""
-    per_head = SPLITS_PER_ROW // num_kv_heads
+    per_head = max(1, SPLITS_PER_ROW // num_kv_heads)
     return min(MAX_SPLITS, max(MIN_SPLITS, 1 << per_head.bit_length() - 1))
 
 
