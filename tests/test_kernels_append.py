@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_sps2.ops import append as reference
-from megatron_sps2.ops.paged import PagedKV
+from megatron_sps2.ops.paged import PagedKV, SlotRun, Slots, write_paged
 from megatron_sps2.ops.quantized import dequantize, quantize
 from megatron_sps2.ops.rotation import Rotation
 
@@ -94,6 +94,15 @@ def test_what_is_kept_may_have_another_dtype() -> None:
     _, k, v = make_tokens(2, 2, 64, torch.float32)
     kernels.append(kv, slots, k, v)
     reference.append(other, slots, k, v)
+    assert_same_contents(kv, other)
+
+
+def test_runs_of_slots_are_written_as_torch_writes_them() -> None:
+    kv, slots = make_kv(2, 64, torch.bfloat16, float8=False), Slots([SlotRun(7, 10), SlotRun(40, 42)])
+    other = copy.deepcopy(kv)
+    _, k, v = make_tokens(2, 2, 64, torch.bfloat16)
+    kernels.write_paged(kv, slots, k, v)
+    write_paged(other, slots, k, v)
     assert_same_contents(kv, other)
 
 

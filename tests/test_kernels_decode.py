@@ -36,9 +36,9 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def make_rows(spans: list[tuple[int, int]], block_size: int) -> PagedRows:
-    """Rows whose blocks are scattered, and of which every second is nobody's."""
+    """Rows whose blocks are scattered; every second one is nobody's, the first too."""
     counts = [-(-stop // block_size) for _, stop in spans]
-    places = (2 * torch.randperm(sum(counts))).tolist()
+    places = (1 + 2 * torch.randperm(sum(counts))).tolist()
     tables = [[places.pop() for _ in range(count)] for count in counts]
     starts, stops = ([*each] for each in zip(*spans, strict=True))
     return PagedRows(tables, starts, stops, block_size)

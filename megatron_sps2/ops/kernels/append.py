@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_sps2.ops.kernels.append_heads import append_heads
 from megatron_sps2.ops.kernels.launch import interpreting
-from megatron_sps2.ops.paged import PagedKV
+from megatron_sps2.ops.paged import PagedKV, Slots
 from megatron_sps2.ops.rotation import Rotation
 
 # Numbers of a program's heads: 16 for each of its 128 threads.
@@ -30,6 +30,12 @@ def append(kv: PagedKV, slots: Tensor, k: Tensor, v: Tensor) -> None:
     """As `ops.append.append`; the numbers of a head must lie together."""
     no_queries = k[:, :0]
     _launch(no_queries, k, v, None, kv, slots, (no_queries, k))
+
+
+def write_paged(kv: PagedKV, slots: Slots, k: Tensor, v: Tensor) -> None:
+    """As `ops.paged.write_paged`, in one launch."""
+    assert len(slots) == len(k), f"{len(k)} tokens for {len(slots)} slots"
+    append(kv, slots.tensor(k.device), k, v)
 
 
 def _launch(
