@@ -76,7 +76,7 @@ def _attend_splits(
         rows[0].stride(0),
         ROWS=max(64, triton.next_power_of_2(num_rows)),  # few variants to compile
         GROUP=group, PADDED_GROUP=padded_group,
-        HEAD_DIM=head_dim, PADDED_DIM=triton.next_power_of_2(head_dim), BLOCK_SIZE=kv.block_size,
+        HEAD_DIM=head_dim, PADDED_DIM=max(16, triton.next_power_of_2(head_dim)), BLOCK_SIZE=kv.block_size,
         TILE=tile_tokens(head_dim, kv.keys.element_size()), MAX_SPLITS=most, MIN_SPLIT=MIN_SPLIT_TOKENS,
         QUANTIZED=key_scales is not None, TYPE=_matmul_type(q.dtype, key_scales is not None),
         num_warps=8 if padded_group >= 64 else 4,

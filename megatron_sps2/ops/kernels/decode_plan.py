@@ -49,4 +49,4 @@ def num_programs(num_splits: int, num_multiprocessors: int) -> int:
 
 
 def _padded(head_dim: int) -> int:
-    return 1 << (head_dim - 1).bit_length()
+    return max(16, 1 << (head_dim - 1).bit_length())
