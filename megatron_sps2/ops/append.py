@@ -1,4 +1,4 @@
-"""New keys and values into the slots of a paged cache, keys turned before. Knows slots, not requests.
+"""New keys and values into the slots of a paged cache, turned before. Knows slots, not requests.
 
 Slots are a tensor, for kernels; where the host knows runs of them, `ops.paged.write_paged` copies those.
 """
