@@ -1,4 +1,4 @@
-"""The kernels over pages as production launches them on an H100 or H200, to be compiled for it without one."""
+"""The kernels over pages as production launches them on a Hopper GPU, to be compiled for it without one."""
 
 from __future__ import annotations
 

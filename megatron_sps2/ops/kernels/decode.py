@@ -87,7 +87,8 @@ def _attend_splits(
 def _matmul_type(dtype: torch.dtype, quantized: bool) -> tl.dtype:
     """What queries of `dtype` and keys, weights and values are multiplied in.
 
-    float8 is made fp16 in one instruction, bf16 in three; the interpreter's matmuls are right in fp32 only.
+    float8 becomes fp16 in one instruction, bf16 in three, and queries beyond fp16's 65504 have scores that no
+    softmax survives. The interpreter's matmuls are right in fp32 only.
     """
     if dtype == torch.float32 or interpreting():
         return tl.float32
