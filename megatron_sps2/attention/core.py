@@ -125,7 +125,7 @@ class PrefillStep:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [s/P, 1, n, d], k and v [s/P, 1, n_kv, d] -> [s/P, 1, n, d]; K and V stay in this shard."""
-        self.cache.write(layer, self._new, k[:, 0], v[:, 0])
+        k, v = (x[:, None] for x in self.cache.write(layer, self._new, k[:, 0], v[:, 0]))
         if layer in self.windows.layers:
             return self._window.attend(q, k, v, self.cache.read(layer, self._near))
         if self.csa is not None:

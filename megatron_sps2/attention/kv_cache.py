@@ -12,26 +12,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_sps2.attention.huge_pages import prefer_huge_pages
-from megatron_sps2.config import CacheConfig, KVCacheFull
+from megatron_sps2.attention.slots import SlotRun, Slots
+from megatron_sps2.config import CacheConfig, KVCacheDType, KVCacheFull
 
-
-@dataclass(frozen=True, slots=True)
-class SlotRun:
-    """Neighbouring cache slots start <= slot < stop."""
-
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
+__all__ = ["BlockTable", "KVCache", "SlotRun"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Swapped:
-    """A request's shard in host memory: of every layer k and v [s, n_kv, d]."""
+    """A request's shard in host memory: what is stored of every layer's keys, and of its values."""
 
-    layers: list[tuple[Tensor, Tensor]]
+    layers: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
     num_tokens: int
     positions: Tensor
 
@@ -47,7 +38,11 @@ class BlockTable:
 
 
 class KVCache:
-    """Keys and values of every layer, each `[n_kv, num_slots, d]`, and this rank's block tables."""
+    """Keys and values of every layer, `[n_kv, num_slots, d]` each, and this rank's block tables.
+
+    With kv_cache_dtype "fp8" they are rounded as they are written, and read so. Attention must use what
+    `write` gives back, or a token would depend on which keys were in the cache when it attended.
+    """
 
     def __init__(
         self,
@@ -58,14 +53,13 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        kv_cache_dtype: KVCacheDType = "auto",
     ) -> None:
-        self.config = config
-        # Slots of one head lie together, so that a head's keys are one matrix [slots, d] for the kernels.
+        self.config, self.num_kv_heads = config, num_kv_heads  # of this tp rank
         shape = (num_kv_heads, config.tokens_per_rank, head_dim)
-        self._keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self._values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        for slots in (*self._keys, *self._values):
-            prefer_huge_pages(slots)
+        self._keys, self._values = (
+            [Slots.empty(shape, dtype, device, kv_cache_dtype) for _ in range(num_layers)] for _ in range(2)
+        )
         self._tables: dict[int, BlockTable] = {}
         self._swapped: dict[int, _Swapped] = {}
 
@@ -84,24 +78,18 @@ class KVCache:
         return len(self._keys)
 
     @property
-    def num_kv_heads(self) -> int:
-        """Of this tp rank."""
-        return self._keys[0].shape[0]
-
-    @property
     def element_size(self) -> int:
-        """Bytes per element."""
-        return self._keys[0].element_size()
+        """Bytes per element of what is written and read, which is what travels."""
+        return self._keys[0].dtype.itemsize
 
     @property
     def device(self) -> torch.device:
-        return self._keys[0].device
+        return self._keys[0].rows.device
 
     @property
     def bytes_per_token(self) -> int:
-        """K and V of one token over all layers on this rank."""
-        num_kv_heads, _, head_dim = self._keys[0].shape
-        return 2 * len(self._keys) * num_kv_heads * head_dim * self._keys[0].element_size()
+        """K and V of one token over all layers on this rank, with their scales."""
+        return sum(slots.bytes_per_slot for slots in (*self._keys, *self._values))
 
     def grant(self, request_id: int, blocks: list[int]) -> None:
         """Adds `blocks` to the request's table."""
@@ -152,19 +140,13 @@ class KVCache:
         first = int(torch.searchsorted(table.positions, position, right=True))
         return self.runs(request_id, first, table.num_tokens), table.positions[first:]
 
-    def write(self, layer: int, runs: list[SlotRun], k: Tensor, v: Tensor) -> None:
-        """k, v [s, n_kv, d] into the slots of `runs`, which together are s long."""
-        assert sum(map(len, runs)) == len(k), f"{len(k)} tokens for {sum(map(len, runs))} slots"
-        first = 0
-        for run in runs:
-            last = first + len(run)
-            self._keys[layer][:, run.start : run.stop] = k[first:last].transpose(0, 1)
-            self._values[layer][:, run.start : run.stop] = v[first:last].transpose(0, 1)
-            first = last
+    def write(self, layer: int, runs: list[SlotRun], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [s, n_kv, d] into the slots of `runs`, together s long -> k, v as the cache has them."""
+        return self._keys[layer].write(runs, k), self._values[layer].write(runs, v)
 
     def read(self, layer: int, runs: list[SlotRun]) -> tuple[Tensor, Tensor]:
-        """k, v [s, 1, n_kv, d] of `runs`: a view of the cache where it is one run, else gathered."""
-        return _gather(self._keys[layer], runs), _gather(self._values[layer], runs)
+        """k, v [s, 1, n_kv, d] of `runs`: a view of the cache where it can be one, see `Slots.read`."""
+        return self._keys[layer].read(runs), self._values[layer].read(runs)
 
     def free(self, request_id: int) -> None:
         """Forgets the request's tokens; unknown requests are fine (a rank may hold none of its tokens)."""
@@ -175,30 +157,18 @@ class KVCache:
         """Copies the request's shard to host memory, page-locked beside a GPU, and forgets its blocks."""
         table = self._tables.setdefault(request_id, BlockTable())
         runs = self.runs(request_id, 0, table.num_tokens)
-        layers = [tuple(_to_host(x[:, 0]) for x in self.read(i, runs)) for i in range(self.num_layers)]
+        layers = [
+            (keys.to_host(runs), values.to_host(runs))
+            for keys, values in zip(self._keys, self._values, strict=True)
+        ]
         del self._tables[request_id]
-        self._swapped[request_id] = _Swapped(layers, table.num_tokens, table.positions)  # type: ignore[arg-type]
+        self._swapped[request_id] = _Swapped(layers, table.num_tokens, table.positions)
 
     def swap_in(self, request_id: int, blocks: list[int]) -> None:
         """Brings back what swap_out took, into `blocks`."""
         swapped = self._swapped.pop(request_id)
         self.grant(request_id, blocks)
         runs = self.extend(request_id, swapped.num_tokens, swapped.positions)
-        for layer, (k, v) in enumerate(swapped.layers):
-            device = self._keys[layer].device
-            self.write(layer, runs, k.to(device), v.to(device))
-
-
-def _gather(slots: Tensor, runs: list[SlotRun]) -> Tensor:
-    """[n_kv, num_slots, d] -> [s, 1, n_kv, d]"""
-    if len(runs) == 1:
-        found = slots[:, runs[0].start : runs[0].stop]
-    else:
-        found = torch.cat([slots[:, run.start : run.stop] for run in runs] or [slots[:, :0]], dim=1)
-    return found.transpose(0, 1).unsqueeze(1)
-
-
-def _to_host(x: Tensor) -> Tensor:
-    """A copy in host memory, which the cache cannot write to."""
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-    return host.copy_(x)
+        for layer, (keys, values) in enumerate(swapped.layers):
+            self._keys[layer].from_host(runs, keys)
+            self._values[layer].from_host(runs, values)

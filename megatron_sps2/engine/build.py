@@ -91,6 +91,7 @@ def assemble(
         head_dim=model.head_dim,
         dtype=getattr(torch, config.dtype),
         device=device,
+        kv_cache_dtype=config.kv_cache_dtype,
     )
     forward.book_traffic(ledger)
     mailbox = None

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_sps2.attention.strategy import most_uneven
-from megatron_sps2.config import AttentionConfig, CacheConfig, DType, ParallelConfig, ScheduleConfig
+from megatron_sps2.config import (
+    KV_CACHE_DTYPES,
+    AttentionConfig,
+    CacheConfig,
+    DType,
+    KVCacheDType,
+    ParallelConfig,
+    ScheduleConfig,
+)
 from megatron_sps2.csa_setting import CsaSetting
 
 
@@ -19,6 +27,8 @@ class EngineConfig:
     # What CSA keeps; with None no request can run with it, and the cache needs no room for its layout.
     csa: CsaSetting | None = None
     dtype: DType = "float32"
+    # What keys and values are rounded to as they are cached; attention of every step reads them so.
+    kv_cache_dtype: KVCacheDType = "auto"
     # Tokens of one request at most (prompt and answer); the cache is sized for it unless `cache` is given.
     max_model_len: int = 4096
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -32,6 +42,9 @@ class EngineConfig:
         for name in ("max_model_len", "block_size"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            known = ", ".join(KV_CACHE_DTYPES)
+            raise ValueError(f"kv_cache_dtype={self.kv_cache_dtype!r} is not known; use one of {known}")
         if self.schedule.policy == "sarathi":
             self._check_chunks()
         if self.attention.mode != "exact" and self.csa is None:
