@@ -7,7 +7,7 @@ turns and ranks change nothing. transformers with rounded keys and values is the
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +15,11 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from checkpoints_tools.convert import convert
 from megatron_sps2.attention.core import SequenceParallelAttention, StepContext
-from megatron_sps2.attention.slots import SlotRun, Slots
+from megatron_sps2.attention.kv_cache import KVCache
 from megatron_sps2.config import KVCacheDType, ParallelConfig
 from megatron_sps2.engine.build import assemble
 from megatron_sps2.model.checkpoint import load_gpt
@@ -84,13 +83,7 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 @contextmanager
 def attending_to_what_was_not_rounded() -> Iterator[None]:
     """The cache keeps rounded rows all the same: a prompt and its answer see different keys."""
-    whole = Slots.write
-
-    def write(slots: Slots, runs: Sequence[SlotRun], x: Tensor) -> Tensor:
-        whole(slots, runs, x)
-        return x
-
-    with mock.patch.object(Slots, "write", write):
+    with mock.patch.object(KVCache, "is_rounded", False):
         yield
 
 

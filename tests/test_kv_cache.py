@@ -75,7 +75,7 @@ def test_neighbouring_blocks_are_one_run_and_a_view() -> None:
     assert cache.runs(7, 9, 9) == []
     k, _ = cache.read(0, cache.runs(7, 0, 8))
     assert k.shape == (8, 1, HEADS, D)
-    assert k.untyped_storage().data_ptr() == cache._keys[0].rows.untyped_storage().data_ptr()
+    assert k.untyped_storage().data_ptr() == cache.layer(0).keys.untyped_storage().data_ptr()
 
 
 def test_a_full_shard_refuses_and_writes_nothing() -> None:

@@ -12,17 +12,25 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_sps2.attention.slots import SlotRun, Slots
+from megatron_sps2.attention.huge_pages import prefer_huge_pages
 from megatron_sps2.config import CacheConfig, KVCacheDType, KVCacheFull
-
-__all__ = ["BlockTable", "KVCache", "SlotRun"]
+from megatron_sps2.ops.paged import (
+    PagedKV,
+    PagedRows,
+    SlotRun,
+    Slots,
+    gather_slots,
+    put_slots,
+    slot_runs,
+    write_paged,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class _Swapped:
-    """A request's shard in host memory: what is stored of every layer's keys, and of its values."""
+    """A request's shard in host memory: of every layer all that it stores, [n_kv, s, ...] each."""
 
-    layers: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
+    layers: list[list[Tensor]]
     num_tokens: int
     positions: Tensor
 
@@ -38,10 +46,9 @@ class BlockTable:
 
 
 class KVCache:
-    """Keys and values of every layer, `[n_kv, num_slots, d]` each, and this rank's block tables.
+    """Keys and values of every layer, each `[n_kv, num_slots, d]`, and this rank's block tables.
 
-    With kv_cache_dtype "fp8" they are rounded as they are written, and read so. Attention must use what
-    `write` gives back, or a token would depend on which keys were in the cache when it attended.
+    With kv_cache_dtype "fp8" they are rounded as they are written, and attention must use what `read` gives.
     """
 
     def __init__(
@@ -55,11 +62,14 @@ class KVCache:
         device: torch.device | str = "cpu",
         kv_cache_dtype: KVCacheDType = "auto",
     ) -> None:
-        self.config, self.num_kv_heads = config, num_kv_heads  # of this tp rank
+        self.config, self.dtype = config, dtype  # of what is written and read
+        # Slots of one head lie together, so that a head's keys are one matrix [slots, d] for the kernels.
         shape = (num_kv_heads, config.tokens_per_rank, head_dim)
-        self._keys, self._values = (
-            [Slots.empty(shape, dtype, device, kv_cache_dtype) for _ in range(num_layers)] for _ in range(2)
-        )
+        self._layers = [
+            _empty(shape, config.block_size, dtype, device, kv_cache_dtype) for _ in range(num_layers)
+        ]
+        for part in (part for layer in self._layers for part in layer.parts):
+            prefer_huge_pages(part)
         self._tables: dict[int, BlockTable] = {}
         self._swapped: dict[int, _Swapped] = {}
 
@@ -75,21 +85,36 @@ class KVCache:
 
     @property
     def num_layers(self) -> int:
-        return len(self._keys)
+        return len(self._layers)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Of this tp rank."""
+        return self._layers[0].keys.shape[0]
 
     @property
     def element_size(self) -> int:
         """Bytes per element of what is written and read, which is what travels."""
-        return self._keys[0].dtype.itemsize
+        return self.dtype.itemsize
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether what is read is less exact than what was written."""
+        return self._layers[0].key_scales is not None
 
     @property
     def device(self) -> torch.device:
-        return self._keys[0].rows.device
+        return self._layers[0].keys.device
 
     @property
     def bytes_per_token(self) -> int:
         """K and V of one token over all layers on this rank, with their scales."""
-        return sum(slots.bytes_per_slot for slots in (*self._keys, *self._values))
+        parts = self._layers[0].parts
+        return self.num_layers * sum(part[:, :1].numel() * part.element_size() for part in parts)
+
+    def layer(self, index: int) -> PagedKV:
+        """Keys and values of a layer, from 0."""
+        return self._layers[index]
 
     def grant(self, request_id: int, blocks: list[int]) -> None:
         """Adds `blocks` to the request's table."""
@@ -121,32 +146,34 @@ class KVCache:
 
     def runs(self, request_id: int, start: int, stop: int) -> list[SlotRun]:
         """Where tokens start <= i < stop of the request's shard lie, in as few runs of slots as can be."""
-        size, found = self.config.block_size, list[SlotRun]()
         table = self._tables.get(request_id, BlockTable())
-        while start < stop:
-            slot = table.blocks[start // size] * size + start % size
-            count = min(stop - start, size - start % size)
-            if found and found[-1].stop == slot:
-                found[-1] = SlotRun(found[-1].start, slot + count)
-            else:
-                found.append(SlotRun(slot, slot + count))
-            start += count
-        return found
+        return slot_runs(table.blocks, start, stop, self.config.block_size)
 
     def runs_after(self, request_id: int, position: int) -> tuple[list[SlotRun], Tensor]:
         """Where the request's tokens behind `position` lie in this shard, and their positions."""
         table = self._tables.get(request_id, BlockTable())
-        assert len(table.positions) == table.num_tokens, f"positions of request {request_id} were not kept"
-        first = int(torch.searchsorted(table.positions, position, right=True))
+        first = self.first_after(request_id, position)
         return self.runs(request_id, first, table.num_tokens), table.positions[first:]
 
-    def write(self, layer: int, runs: list[SlotRun], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v [s, n_kv, d] into the slots of `runs`, together s long -> k, v as the cache has them."""
-        return self._keys[layer].write(runs, k), self._values[layer].write(runs, v)
+    def first_after(self, request_id: int, position: int) -> int:
+        """The first of the request's tokens in this shard that lies behind `position` in the sequence."""
+        table = self._tables.get(request_id, BlockTable())
+        assert len(table.positions) == table.num_tokens, f"positions of request {request_id} were not kept"
+        return int(torch.searchsorted(table.positions, position, right=True))
+
+    def rows(self, request_ids: Sequence[int], starts: Sequence[int]) -> PagedRows:
+        """What each request has in this shard from its token starts[i] on; for one step."""
+        tables = [self._tables.get(request_id, BlockTable()) for request_id in request_ids]
+        stops = [table.num_tokens for table in tables]
+        return PagedRows([table.blocks for table in tables], list(starts), stops, self.config.block_size)
+
+    def write(self, layer: int, runs: list[SlotRun], k: Tensor, v: Tensor) -> None:
+        """k, v [s, n_kv, d] into the slots of `runs`, which together are s long."""
+        write_paged(self.layer(layer), Slots(runs), k, v)
 
     def read(self, layer: int, runs: list[SlotRun]) -> tuple[Tensor, Tensor]:
-        """k, v [s, 1, n_kv, d] of `runs`: a view of the cache where it can be one, see `Slots.read`."""
-        return self._keys[layer].read(runs), self._values[layer].read(runs)
+        """k, v [s, 1, n_kv, d] of `runs`: a view of the cache where it can be one, else gathered."""
+        return self.layer(layer).read(runs, self.dtype)
 
     def free(self, request_id: int) -> None:
         """Forgets the request's tokens; unknown requests are fine (a rank may hold none of its tokens)."""
@@ -157,10 +184,7 @@ class KVCache:
         """Copies the request's shard to host memory, page-locked beside a GPU, and forgets its blocks."""
         table = self._tables.setdefault(request_id, BlockTable())
         runs = self.runs(request_id, 0, table.num_tokens)
-        layers = [
-            (keys.to_host(runs), values.to_host(runs))
-            for keys, values in zip(self._keys, self._values, strict=True)
-        ]
+        layers = [[_to_host(gather_slots(part, runs)) for part in layer.parts] for layer in self._layers]
         del self._tables[request_id]
         self._swapped[request_id] = _Swapped(layers, table.num_tokens, table.positions)
 
@@ -169,6 +193,28 @@ class KVCache:
         swapped = self._swapped.pop(request_id)
         self.grant(request_id, blocks)
         runs = self.extend(request_id, swapped.num_tokens, swapped.positions)
-        for layer, (keys, values) in enumerate(swapped.layers):
-            self._keys[layer].from_host(runs, keys)
-            self._values[layer].from_host(runs, values)
+        for layer, kept in zip(self._layers, swapped.layers, strict=True):
+            for part, stored in zip(layer.parts, kept, strict=True):
+                put_slots(part, runs, stored.to(part.device))
+
+
+def _empty(
+    shape: tuple[int, int, int],
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    kept: KVCacheDType,
+) -> PagedKV:
+    """shape: [n_kv, num_slots, d]"""
+    stored = dtype if kept == "auto" else torch.float8_e4m3fn
+    keys, values = (torch.empty(shape, dtype=stored, device=device) for _ in range(2))
+    if kept == "auto":
+        return PagedKV(keys, values, block_size)
+    key_scales, value_scales = (torch.empty(shape[:2], device=device) for _ in range(2))
+    return PagedKV(keys, values, block_size, key_scales, value_scales)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """A copy in host memory, which the cache cannot write to."""
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+    return host.copy_(x)

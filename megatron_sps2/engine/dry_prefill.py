@@ -1,6 +1,6 @@
 """The largest prefill steps that a configuration allows, to be run for their memory alone.
 
-Plans and block numbers; runs nothing. Layers of a kind need as much as each other, so of each kind one is run.
+Plans and block numbers; runs nothing. Layers of a kind need as much as each other: one of each kind will do.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def _dry_prefill(
     taken, pieces = [len(past_blocks)] * sp_size, []
     for request_id, length in enumerate(lengths):
         blocks = []
-        for rank, count in enumerate(lay_out(strategy, length, sp_size, config.csa, unit=unit).tokens_per_rank):
+        for rank, count in enumerate(
+            lay_out(strategy, length, sp_size, config.csa, unit=unit).tokens_per_rank
+        ):
             first, taken[rank] = taken[rank], taken[rank] - (-count // size)
             blocks.append(tuple(range(first, taken[rank])))
         stop = num_past + length
