@@ -210,7 +210,7 @@ def _empty(
     keys, values = (torch.empty(shape, dtype=stored, device=device) for _ in range(2))
     if kept == "auto":
         return PagedKV(keys, values, block_size)
-    key_scales, value_scales = (torch.empty(shape[:2], device=device) for _ in range(2))
+    key_scales, value_scales = (torch.empty(shape[:2], dtype=torch.float32, device=device) for _ in range(2))
     return PagedKV(keys, values, block_size, key_scales, value_scales)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from megatron_sps2.attention.strategy import choose_strategy, csa_strategy, lay_out, wants_csa
 from megatron_sps2.config import CacheConfig, ModelConfig, SamplingParams
 from megatron_sps2.engine.engine_config import EngineConfig
-from megatron_sps2.engine.plan import NewPrompt, PrefillPiece, StepPlan
+from megatron_sps2.engine.plan import Blocks, NewPrompt, PrefillPiece, StepPlan
 
 PARAMS = SamplingParams(max_tokens=1)
 STRIDE = 7919  # a prime: token ids that do not repeat for a while
@@ -23,19 +23,16 @@ class DryPrefill:
 
     plans: tuple[StepPlan, ...]
     cache: CacheConfig  # just large enough
-    # What every rank has of request 0 before: its blocks, and how many tokens.
+    # What every rank has of request 0 before: its blocks, and how many tokens, which are the nearest ones.
     past_blocks: tuple[int, ...]
     num_past: int
 
 
-def dry_prefills(config: EngineConfig, model: ModelConfig, unit: int) -> Iterator[DryPrefill]:
-    """What may need most: exactly, and with CSA where requests can ask for it.
-
-    `unit`: tokens that stay together on a rank, as the scheduler lays them out.
-    """
+def dry_prefills(config: EngineConfig, model: ModelConfig) -> Iterator[DryPrefill]:
+    """What may need most: exactly, and with CSA where requests can ask for it."""
     lengths, num_past = largest_step(config)
     for strategy in _strategies(config, model, num_past):
-        yield _dry_prefill(config, model, strategy, unit, lengths, num_past)
+        yield _dry_prefill(config, model, strategy, lengths, num_past)
 
 
 def largest_step(config: EngineConfig) -> tuple[list[int], int]:
@@ -70,39 +67,51 @@ def _strategies(config: EngineConfig, model: ModelConfig, num_past: int) -> Iter
 
 
 def _dry_prefill(
-    config: EngineConfig, model: ModelConfig, strategy: str, unit: int, lengths: Sequence[int], num_past: int
+    config: EngineConfig, model: ModelConfig, strategy: str, lengths: Sequence[int], num_past: int
 ) -> DryPrefill:
     sp_size, size = config.parallel.sp_size, config.block_size
     past = -(-num_past // sp_size)
     # Falling, so that no two are neighbours: a cache that was long in use looks like this.
     past_blocks = tuple(reversed(range(-(-past // size))))
-    taken, pieces = [len(past_blocks)] * sp_size, []
+    taken, pieces = [len(past_blocks)] * sp_size, list[PrefillPiece]()
     for request_id, length in enumerate(lengths):
-        blocks = []
-        for rank, count in enumerate(
-            lay_out(strategy, length, sp_size, config.csa, unit=unit).tokens_per_rank
-        ):
-            first, taken[rank] = taken[rank], taken[rank] - (-count // size)
-            blocks.append(tuple(range(first, taken[rank])))
-        stop = num_past + length
-        ids = tuple(STRIDE * place % model.vocab_size for place in range(stop))
-        pieces.append(
-            PrefillPiece(
-                request_id=request_id,
-                start=num_past,
-                stop=stop,
-                first_layer=0,
-                last_layer=1,
-                strategy=strategy,
-                blocks=tuple(blocks),
-                prompt=NewPrompt(token_ids=ids, params=PARAMS),
-            )
-        )
+        ends = [
+            first - (-tokens // size)
+            for first, tokens in zip(taken, _tokens_per_rank(config, strategy, length), strict=True)
+        ]
+        blocks = tuple(tuple(range(first, end)) for first, end in zip(taken, ends, strict=True))
+        taken = ends
+        prompt = _prompt(model, num_past + length)
+        pieces.append(_piece(request_id, num_past, strategy, blocks, prompt))
     return DryPrefill(
         plans=tuple(_of_layer(pieces, layer) for layer in layers_of_each_kind(model)),
         cache=CacheConfig(num_blocks=max(taken), block_size=size),
         past_blocks=past_blocks,
         num_past=past,
+    )
+
+
+def _tokens_per_rank(config: EngineConfig, strategy: str, length: int) -> Sequence[int]:
+    unit = config.block_size if config.schedule.prefix_caching else 1
+    return lay_out(strategy, length, config.parallel.sp_size, config.csa, unit=unit).tokens_per_rank
+
+
+def _prompt(model: ModelConfig, num_tokens: int) -> NewPrompt:
+    ids = tuple(STRIDE * place % model.vocab_size for place in range(num_tokens))
+    return NewPrompt(token_ids=ids, params=PARAMS)
+
+
+def _piece(request_id: int, start: int, strategy: str, blocks: Blocks, prompt: NewPrompt) -> PrefillPiece:
+    """All tokens of the prompt behind `start`, through the first layer."""
+    return PrefillPiece(
+        request_id=request_id,
+        start=start,
+        stop=len(prompt.token_ids),
+        first_layer=0,
+        last_layer=1,
+        strategy=strategy,
+        blocks=blocks,
+        prompt=prompt,
     )
 
 
