@@ -15,12 +15,11 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # no scale is 0: rows of zeros
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """x `[..., d]` -> float8_e4m3fn `[..., d]` and fp32 scales `[...]`; the largest number becomes 448.
 
-    A row with a NaN or an infinity comes back as NaN throughout: what is poisoned is never made finite.
+    A row with a NaN or an infinity comes back as NaN throughout, by a scale of NaN or infinity (which makes 0
+    of a finite number, and NaN of that 0 again): what is poisoned is never made finite.
     """
     rows = x.float()
     scales = (rows.abs().amax(dim=-1) / LARGEST).clamp_min(SMALLEST_SCALE)
-    # inf / inf is NaN, but a number / inf would be 0: the row's scale is made NaN as well.
-    scales = torch.where(scales.isinf(), torch.nan, scales)
     return (rows / scales.unsqueeze(-1)).to(torch.float8_e4m3fn), scales
 
 
