@@ -85,7 +85,7 @@ def serve(checkpoint: str, frozen: bool = False) -> tuple[Served, Served, int]:
         config = TURNS.config(checkpoint, ParallelConfig())
         engine = assemble(config, groups, forward, context)
         runner = engine._runner
-        runner._kernels = kernels
+        runner.kernels = kernels
         if kernels is RECORDABLE:
             runner.record_decode(recorder, max_rows=config.schedule.max_num_seqs, max_tokens=500)
             if frozen:

@@ -135,6 +135,8 @@ class PrefillStep:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [s/P, 1, n, d], k and v [s/P, 1, n_kv, d] -> [s/P, 1, n, d]; K and V stay in this shard."""
         q, k = self._keep(layer, q, k, v)
+        if self.cache.is_rounded:  # else a token would depend on which keys were cached when it attended
+            k, v = self.cache.read(layer, self._new.runs)
         if layer in self.windows.layers:
             return self._window.attend(q, k, v, self.cache.read(layer, self._near))
         if self.csa is not None:

@@ -50,6 +50,7 @@ def memory_per_rank(args: argparse.Namespace, model: ModelConfig) -> dict[str, A
         model,
         parallel_config(args),
         dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
         max_model_len=longest,
         block_size=args.block_size,
         output_copy=has_output_copy(model, args.dtype, device_kind(args.device)),

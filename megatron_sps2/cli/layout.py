@@ -110,6 +110,7 @@ def _wish(args: argparse.Namespace, kind: str) -> Wish:
         model=model,
         longest=longest_wanted(args, model),
         dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
         block_size=args.block_size,
         # On a CPU a tied matrix is kept a second time, in a layout that makes logits fast.
         output_copy=kind == "cpu" or not model.tie_embeddings,

@@ -114,7 +114,7 @@ class Runner:
         self._sp, self._small = replace(sp, mailbox=None), sp
         self._overlap, self._device = overlap, torch.device(device)
         self._replica, self._csa, self._tp_rank = replica, csa, tp_rank
-        self._kernels = kernels
+        self.kernels = kernels
         self._unit = unit  # of tokens that stay together on a rank, as the scheduler lays them out
         model = forward.model
         self._scale = model.softmax_scale
@@ -125,12 +125,12 @@ class Runner:
 
     def record_decode(self, record: Record, *, max_rows: int, max_tokens: int) -> None:
         """From now on batches of decodes alone are replayed. For a replica of one rank."""
-        assert self._replica.axis.size == 1 and self._kernels.append_roped is not None
+        assert self._replica.axis.size == 1 and self.kernels.append_roped is not None
         self._graphs = DecodeGraphs(
             self._forward,
             self._cache,
             self._context,
-            self._kernels,
+            self.kernels,
             max_rows=max_rows,
             max_tokens=max_tokens,
             scale=self._scale,
@@ -230,14 +230,14 @@ class Runner:
             counts.append(len(mine))
         hidden, angles = (x.split(counts) for x in self._embed(ids, positions))
         parts = [_Part(*each) for each in zip(steps, hidden, angles, strict=True)]
-        if self._kernels.append_roped is not None:
+        if self.kernels.append_roped is not None:
             for part in parts:
                 part.step.rotation_of = self._forward.rotations(part.angles, part.hidden.dtype)
         return parts
 
     def _turned_by_megatron(self, layer: int, angles: Tensor) -> Tensor | None:
         """The angles by which Megatron's layer turns queries and keys: none where the kernels do."""
-        return self._forward.angles_of(layer, angles) if self._kernels.append_roped is None else None
+        return self._forward.angles_of(layer, angles) if self.kernels.append_roped is None else None
 
     def _prefill_step(self, piece: PrefillPiece) -> PrefillStep:
         rank, num_tokens = self._sp.axis.rank, piece.stop - piece.start
@@ -262,7 +262,7 @@ class Runner:
             unit=self._unit,
             turn=piece.turn,
             windows=self._windows,
-            kernels=self._kernels,
+            kernels=self.kernels,
         )
 
     def _learn(self, request_id: int, prompt: NewPrompt) -> None:
@@ -287,7 +287,7 @@ class Runner:
             rows=rows,
             scale=self._scale,
             windows=self._windows,
-            kernels=self._kernels,
+            kernels=self.kernels,
         )
 
     def _embed(self, token_ids: list[int], positions: list[int]) -> tuple[Tensor, Tensor]:

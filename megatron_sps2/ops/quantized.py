@@ -1,4 +1,7 @@
-"""Keys and values as float8_e4m3fn with one fp32 scale for each row of numbers. Knows tensors only."""
+"""float8 with a scale for each row, as the KV cache keeps it. Knows tensors only.
+
+A row's bytes follow from that row alone: the same on any rank, in any chunk, whatever was cached before.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,6 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return (numbers / scales.unsqueeze(-1)).to(torch.float8_e4m3fn), scales
 
 
-def dequantize(x: Tensor, scales: Tensor) -> Tensor:
-    """float8_e4m3fn `[..., d]`, scales `[...]` -> fp32 `[..., d]`."""
-    return x.float() * scales.unsqueeze(-1)
+def dequantize(x: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """float8_e4m3fn `[..., d]`, scales `[...]` -> numbers `[..., d]`, multiplied in fp32."""
+    return (x.float() * scales.unsqueeze(-1)).to(dtype)
