@@ -71,7 +71,7 @@ class GptForward:
         """[s] places in the whole sequence -> what `layer` takes as angles, once for all layers."""
         model = self.model
         if model.learned_positions:
-            return torch.empty(len(positions), 0)
+            return positions.new_empty(len(positions), 0)
         angles = rotary_angles(positions, model.head_dim, model.rotary_base, model.rope_scaling)
         if model.window_rotary_base is None:
             return angles
