@@ -15,7 +15,8 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -88,8 +89,32 @@ def _sample_nothing(runner: Runner, asks: Sequence[_Ask]) -> dict[int, SampledTo
     return {ask.request_id: SampledToken(1, 0.0) for ask in asks}
 
 
-def _on_device(device: str) -> contextlib.AbstractContextManager[Any]:
-    return FakeTensorMode(allow_non_fake_inputs=False) if device == "cuda" else OneDevice()
+@contextlib.contextmanager
+def _on_device(device: str) -> Iterator[None]:
+    if device != "cuda":
+        with OneDevice():
+            yield
+        return
+    made = torch.tensor  # whose values stay with a fake tensor, and would need a GPU
+
+    def without_values(data: Any, device: torch.device | str = "cpu", **kwargs: Any) -> Tensor:
+        like = made(data, **kwargs)
+        return torch.empty(like.shape, dtype=like.dtype, device=device)
+
+    patched = mock.patch.object(torch, "tensor", without_values), mock.patch.object(GPTModel, "to", _to)
+    with FakeTensorMode(), patched[0], patched[1]:
+        yield
+
+
+def _to(gpt: GPTModel, *, device: torch.device | str, dtype: torch.dtype) -> GPTModel:
+    """GPTModel.to, which cannot exchange the elements of fake weights: here each is replaced."""
+    for module in gpt.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[name] = nn.Parameter(
+                    weight.detach().to(device, dtype), requires_grad=False
+                )
+    return gpt
 
 
 def _serve(model: ModelConfig, device: str, dtype: str, patches: Callable[[], Any]) -> list[int]:
@@ -132,5 +157,5 @@ def _angles_left_on_the_host() -> Iterator[None]:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_control_a_tensor_left_on_the_host_is_found(device: str) -> None:
-    with pytest.raises(RankFailed, match="device"):
+    with pytest.raises(RankFailed, match="mixes devices|two different devices"):
         run_ranks(1, _serve, LLAMA, device, "bfloat16", _angles_left_on_the_host)
