@@ -1,0 +1,60 @@
+"""Attention of others through one signature, where it is here and takes the shape: what ours is beside."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.gpu.timing import milliseconds
+
+BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA flash": SDPBackend.FLASH_ATTENTION}
+# Module and name of its attention over [b, s, n, d].
+PACKAGES = {"FA3": ("flash_attn_interface", "flash_attn_func"), "FA2": ("flash_attn", "flash_attn_func")}
+
+
+def library_times(q: Tensor, k: Tensor, v: Tensor, scale: float, diagonal: int | None) -> dict[str, float]:
+    """q `[sq, b, n, d]`, k, v `[sk, b, n_kv, d]`, as `ops.attend.attend` -> milliseconds by name.
+
+    Masks are causal over equally many queries and keys, or none: elsewhere libraries align them otherwise.
+    """
+    assert diagonal is None or (diagonal == 0 and len(q) == len(k)), "libraries would mask otherwise"
+    found = {}
+    for name, call in _calls(q, k, v, scale, diagonal == 0).items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch says at length why a backend does not fit
+                found[name] = milliseconds(call, q.device)
+        except (RuntimeError, TypeError):
+            continue  # does not take this shape, dtype or card
+    return found
+
+
+def _calls(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> dict[str, Callable[[int], object]]:
+    heads = [x.permute(1, 2, 0, 3).contiguous() for x in (q, k, v)]  # [b, n, s, d]
+    tokens = [x.transpose(0, 1) for x in (q, k, v)]  # [b, s, n, d]
+
+    def sdpa(_: int, backends: list[SDPBackend]) -> Tensor:
+        with sdpa_kernel(backends):
+            return F.scaled_dot_product_attention(*heads, is_causal=causal, scale=scale, enable_gqa=True)
+
+    if q.device.type != "cuda":
+        return {"SDPA": lambda i: sdpa(i, [SDPBackend.MATH])}
+    calls = {name: (lambda i, b=[backend]: sdpa(i, b)) for name, backend in BACKENDS.items()}
+    for name, (module, function) in PACKAGES.items():
+        attend = _imported(module, function)
+        if attend is not None:
+            calls[name] = lambda _, f=attend: f(*tokens, softmax_scale=scale, causal=causal)
+    return calls
+
+
+def _imported(module: str, function: str) -> Any:
+    try:
+        return getattr(import_module(module), function, None)
+    except ImportError:
+        return None
