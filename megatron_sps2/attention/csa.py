@@ -14,7 +14,6 @@ from torch import Tensor
 from megatron_sps2.attention.csa_exchange import KeptKeys
 from megatron_sps2.attention.csa_run import CsaRun, HeadChunk
 from megatron_sps2.attention.prefill import PrefillShape, kv_chunks, pass_q
-from megatron_sps2.ops.attend import attend
 
 __all__ = ["CsaRun", "csa"]
 
@@ -69,7 +68,7 @@ def _attend(kept: KeptKeys, out: Tensor) -> Iterator[None]:
 def _attend_own(chunk: HeadChunk, rows: slice) -> tuple[Tensor, Tensor]:
     """Causal, inside the segment: out [s, n, d], lse [s, n]."""
     k, v = (x[:, rows].transpose(0, 1).unsqueeze(1) for x in (chunk.k, chunk.v))
-    out, lse = attend(chunk.q[rows].unsqueeze(1), k, v, scale=chunk.run.scale, diagonal=0)
+    out, lse = chunk.run.kernels.attend(chunk.q[rows].unsqueeze(1), k, v, scale=chunk.run.scale, diagonal=0)
     return out[:, 0], lse[:, 0]
 
 
@@ -77,7 +76,7 @@ def _attend_far(
     kept: KeptKeys, segment: int, rows: slice, own: Tensor, own_lse: Tensor, place: Tensor
 ) -> None:
     """Own (out, lse) merged with attention to the kept keys, which are all in the past, into `place`."""
-    chunk = kept.chunk
+    chunk, attend = kept.chunk, kept.chunk.run.kernels.attend
     for head in range(len(chunk.heads)):
         queries = slice(head * chunk.group, (head + 1) * chunk.group)
         found = kept.of(segment, head)
@@ -96,6 +95,11 @@ def _attend_tail(q: Tensor, k: Tensor, v: Tensor, out: Tensor, run: CsaRun) -> N
     layout = run.plan.tail_layout()
     before = len(q) - layout.tokens_per_rank[run.rank]
     shape = PrefillShape(
-        layout=layout, wire=run.wire, scale=run.scale, overlap=False, past=(k[:before], v[:before])
+        layout=layout,
+        wire=run.wire,
+        scale=run.scale,
+        overlap=False,
+        past=(k[:before], v[:before]),
+        kernels=run.kernels,
     )
     out[before:] = pass_q(q[before:], k[before:], v[before:], shape)

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_sps2.attention.csa_plan import CsaPlan
 from megatron_sps2.attention.csa_tally import CsaTally
 from megatron_sps2.attention.spans import Spans
+from megatron_sps2.ops.kernel_set import TORCH, Kernels
 from megatron_sps2.parallel.collectives import Handle, Wire
 
 
@@ -26,6 +27,7 @@ class CsaRun:
     # True: a head chunk at a time, the next one under way meanwhile. False: all heads at once, same result.
     overlap: bool
     tally: CsaTally
+    kernels: Kernels = TORCH
     # Of this tp rank, in the whole model: budgets and strides belong to heads of the model.
     first_kv_head: int = 0
     # Told (layer, KV heads, reader, kept [n_kv, m, G]) of every selection here, for measuring.
