@@ -27,7 +27,7 @@ from megatron_sps2.engine.build import EngineConfig, assemble
 from megatron_sps2.engine.runner import Runner, _Ask
 from megatron_sps2.engine.sampler import SampledToken
 from megatron_sps2.model.gpt import GptForward
-from megatron_sps2.model.rotary import rotary_angles
+from megatron_sps2.model.rotary import turned_by
 from megatron_sps2.model.spec import build_gpt
 from megatron_sps2.parallel.groups import ParallelGroups
 from tests.ranks import RankFailed, run_ranks
@@ -148,10 +148,10 @@ def test_prefill_and_decode_keep_to_one_device(device: str, name: str, dtype: st
 
 @contextlib.contextmanager
 def _angles_left_on_the_host() -> Iterator[None]:
-    def on_host(positions: Tensor, *args: Any) -> Tensor:
-        return rotary_angles(torch.empty(positions.shape, device="cpu"), *args)
+    def on_host(positions: Tensor, frequencies: Tensor) -> Tensor:
+        return turned_by(torch.empty(positions.shape, device="cpu"), frequencies.cpu())
 
-    with mock.patch("megatron_sps2.model.gpt.rotary_angles", on_host):
+    with mock.patch("megatron_sps2.model.gpt.turned_by", on_host):
         yield
 
 

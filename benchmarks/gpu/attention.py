@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -35,7 +36,7 @@ class Shape:
 
 def cases(bench: Bench) -> Iterator[Case]:
     for shape in _shapes(bench):
-        yield Case(name=shape.name, measure=lambda shape=shape: _measure(bench, shape))
+        yield Case(name=shape.name, measure=partial(_measure, bench, shape))
 
 
 def _shapes(bench: Bench) -> Iterator[Shape]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -11,8 +12,8 @@ from benchmarks.gpu.timing import milliseconds
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    yield Case(name="matmul", measure=lambda: _matmul(bench))
-    yield Case(name="copy", measure=lambda: _copy(bench))
+    yield Case(name="matmul", measure=partial(_matmul, bench))
+    yield Case(name="copy", measure=partial(_copy, bench))
 
 
 def _matmul(bench: Bench) -> Row:

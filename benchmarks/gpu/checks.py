@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,20 +18,21 @@ LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Fresh memory is NaN: what a kernel forgets to write is seen."""
-    was = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    was = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = was
+        settings.fill_uninitialized_memory = was
         torch.use_deterministic_algorithms(False)
 
 
 def compare(whole: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]], limit: float) -> Check:
-    """`whole` outputs must be finite; `pairs` are (found, wanted), the worst one counts."""
+    """`whole` outputs must be finite; `pairs` are (found, wanted), the worst one counts, if there is any."""
     return Check(
-        error=max(relative_error(found, wanted) for found, wanted in pairs),
+        error=max((relative_error(found, wanted) for found, wanted in pairs), default=0.0),
         limit=limit,
         num_not_finite=sum(int((~torch.isfinite(x)).sum()) for x in whole),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def cases(bench: Bench) -> Iterator[Case]:
 
 
 def _case(bench: Bench, name: str, lengths: Sequence[int], quantized: bool) -> Case:
-    return Case(name=name, measure=lambda: _measure(bench, lengths, quantized))
+    return Case(name=name, measure=partial(_measure, bench, lengths, quantized))
 
 
 def _measure(bench: Bench, lengths: Sequence[int], quantized: bool) -> Row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu.timing import milliseconds
+from benchmarks.gpu.timing import milliseconds, on_every_turn
 
 BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA flash": SDPBackend.FLASH_ATTENTION}
 # Module and name of its attention over [b, s, n, d].
@@ -29,27 +30,31 @@ def library_times(q: Tensor, k: Tensor, v: Tensor, scale: float, diagonal: int |
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch says at length why a backend does not fit
-                found[name] = milliseconds(call, q.device)
+                found[name] = milliseconds(on_every_turn(call), q.device)
         except (RuntimeError, TypeError):
             continue  # does not take this shape, dtype or card
     return found
 
 
-def _calls(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> dict[str, Callable[[int], object]]:
-    heads = [x.permute(1, 2, 0, 3).contiguous() for x in (q, k, v)]  # [b, n, s, d]
+def _calls(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> dict[str, Callable[[], object]]:
+    queries, keys, values = [x.permute(1, 2, 0, 3).contiguous() for x in (q, k, v)]  # [b, n, s, d]
     tokens = [x.transpose(0, 1) for x in (q, k, v)]  # [b, s, n, d]
 
-    def sdpa(_: int, backends: list[SDPBackend]) -> Tensor:
-        with sdpa_kernel(backends):
-            return F.scaled_dot_product_attention(*heads, is_causal=causal, scale=scale, enable_gqa=True)
+    def sdpa(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel([backend]):
+            return F.scaled_dot_product_attention(
+                queries, keys, values, is_causal=causal, scale=scale, enable_gqa=True
+            )
 
     if q.device.type != "cuda":
-        return {"SDPA": lambda i: sdpa(i, [SDPBackend.MATH])}
-    calls = {name: (lambda i, b=[backend]: sdpa(i, b)) for name, backend in BACKENDS.items()}
+        return {"SDPA": partial(sdpa, SDPBackend.MATH)}
+    calls: dict[str, Callable[[], object]] = {
+        name: partial(sdpa, backend) for name, backend in BACKENDS.items()
+    }
     for name, (module, function) in PACKAGES.items():
         attend = _imported(module, function)
         if attend is not None:
-            calls[name] = lambda _, f=attend: f(*tokens, softmax_scale=scale, causal=causal)
+            calls[name] = partial(attend, *tokens, softmax_scale=scale, causal=causal)
     return calls
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,12 +19,12 @@ BLOCK_SIZE = 64
 
 def cases(bench: Bench) -> Iterator[Case]:
     for rows in bench.pick(full=(64, 16384), quick=(64, 4096), tiny=(5,)):
-        yield Case(name="merge", measure=lambda rows=rows: _merge(bench, rows))
+        yield Case(name="merge", measure=partial(_merge, bench, rows))
     for tokens in bench.pick(full=(64, 8192), quick=(64, 8192), tiny=(7,)):
         for quantized in (False, True):
             yield Case(
                 name="append and rotate" + (", fp8" if quantized else ""),
-                measure=lambda tokens=tokens, quantized=quantized: _append(bench, tokens, quantized),
+                measure=partial(_append, bench, tokens, quantized),
             )
 
 

@@ -1,7 +1,7 @@
 """Everything of one GPU in one go: python benchmarks/gpu/run.py --out DIR [--quick].
 
-Right first, then how fast: results.json and a table, results.md, under DIR; the table is printed last. Exit code 1
-if anything is wrong.
+Right first, then how fast: results.json and a table, results.md, under DIR; the table is printed last. Exit
+code 1 if anything is wrong.
 """
 
 from __future__ import annotations

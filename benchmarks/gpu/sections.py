@@ -11,7 +11,7 @@ import traceback
 import torch
 
 from benchmarks.gpu import attention, ceilings, csa, decode, moves, serving, step, table
-from benchmarks.gpu.case import Absent, Bench, Case, Cases, Outcome
+from benchmarks.gpu.case import Absent, Bench, Case, Cases, Outcome, Size
 from benchmarks.gpu.machine import machine
 
 SECTIONS: dict[str, Cases] = {
@@ -35,8 +35,8 @@ def run_sections(args: argparse.Namespace) -> int:
         print(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    size = "tiny" if args.tiny else "quick" if args.quick else "full"
-    bench = Bench(device=torch.device(args.device, 0 if args.device == "cuda" else None), size=size)
+    size: Size = "tiny" if args.tiny else "quick" if args.quick else "full"
+    bench = Bench(device=torch.device("cuda:0" if args.device == "cuda" else "cpu"), size=size)
     start, outcomes = time.perf_counter(), list[Outcome]()
     facts = machine(bench.device)
     for name, cases in SECTIONS.items():

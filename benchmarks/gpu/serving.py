@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ SMOLLM2 = "SmolLM2-135M-Instruct"
 
 def cases(bench: Bench) -> Iterator[Case]:
     long = bench.pick(full=128 * K, quick=32 * K, tiny=70)
-    yield Case(name="random weights", measure=lambda: _random(bench, long))
-    yield Case(name=SMOLLM2, measure=lambda: _smollm2(bench, bench.pick(full=8000, quick=8000, tiny=40)))
+    yield Case(name="random weights", measure=partial(_random, bench, long))
+    yield Case(name=SMOLLM2, measure=partial(_smollm2, bench, bench.pick(full=8000, quick=8000, tiny=40)))
 
 
 def _random(bench: Bench, num_tokens: int) -> Row:
