@@ -149,7 +149,7 @@ def test_prefill_and_decode_keep_to_one_device(device: str, name: str, dtype: st
 @contextlib.contextmanager
 def _angles_left_on_the_host() -> Iterator[None]:
     def on_host(positions: Tensor, frequencies: Tensor) -> Tensor:
-        return turned_by(torch.empty(positions.shape, device="cpu"), frequencies.cpu())
+        return turned_by(torch.empty(positions.shape), torch.empty(frequencies.shape))
 
     with mock.patch("megatron_sps2.model.gpt.turned_by", on_host):
         yield
