@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_sps2.cli.device import pick_backend, pick_device, ranks_per_device
+from megatron_sps2.cli.layout import _free_bytes
 from megatron_sps2.parallel.groups import world_axis
 from megatron_sps2.parallel.probe import Pair, measure_pairs
 from megatron_sps2.parallel.rank_env import RankEnv
@@ -65,6 +66,15 @@ def test_a_task_that_slurm_shows_its_own_device_alone_shares_it_with_nobody(
     bound = replace(rank(3), launcher="slurm")
     assert pick_device("cuda", bound) == "cuda:0" and ranks_per_device(bound, 1) == 1
     assert (ranks_per_device(rank(0), 1), ranks_per_device(rank(0), 3)) == (4, 2)
+
+
+@pytest.mark.parametrize("num_devices", [2], indirect=True)
+def test_ranks_that_share_a_device_count_on_their_share_of_its_memory(
+    num_devices: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (80_000, 90_000))
+    assert _free_bytes("cuda:1", rank(0, local_world_size=2)) == 80_000
+    assert _free_bytes("cuda:1", rank(0, local_world_size=5)) == 26_666
 
 
 def test_the_backend_follows_the_device() -> None:
