@@ -39,8 +39,8 @@ def _measure(bench: Bench, lengths: Sequence[int], quantized: bool) -> Row:
     device, dtype, scale = bench.device, torch.bfloat16, d**-0.5
     blocks = [-(-length // BLOCK_SIZE) for length in lengths]
     num_slots, element = sum(blocks) * BLOCK_SIZE, 1 if quantized else 2
-    # Making them takes numbers in bf16, and quantizing in fp32.
-    bench.needs(num_slots * n_kv * d * (2 * element + (6 if quantized else 0)), "the cache")
+    # Beside it, while it is made, one head's numbers in fp32.
+    bench.needs(num_slots * d * (2 * element * n_kv + (16 if quantized else 2)), "the cache")
     kv = _cache(bench, n_kv, num_slots, d, quantized)
     # Blocks in no order, as in a cache that has been used for a while.
     order = torch.randperm(sum(blocks)).tolist()
@@ -69,12 +69,25 @@ def _measure(bench: Bench, lengths: Sequence[int], quantized: bool) -> Row:
 
 def _cache(bench: Bench, n_kv: int, num_slots: int, d: int, quantized: bool) -> Any:
     """A PagedKV of random numbers."""
-    made = []
-    for _ in range(2):
-        numbers = torch.randn(n_kv, num_slots, d, device=bench.device, dtype=torch.bfloat16)
-        made.append(operation("quantized", "quantize")(numbers) if quantized else (numbers, None))
-    (keys, key_scales), (values, value_scales) = made
+    (keys, key_scales), (values, value_scales) = (
+        _random(bench, n_kv, num_slots, d, quantized) for _ in range(2)
+    )
     return operation("paged", "PagedKV")(keys, values, BLOCK_SIZE, key_scales, value_scales)
+
+
+def _random(
+    bench: Bench, n_kv: int, num_slots: int, d: int, quantized: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Numbers `[n_kv, num_slots, d]` and their scales, if any; quantized head by head, to save memory."""
+    if not quantized:
+        return torch.randn(n_kv, num_slots, d, device=bench.device, dtype=torch.bfloat16), None
+    quantize = operation("quantized", "quantize")
+    numbers = torch.empty(n_kv, num_slots, d, device=bench.device, dtype=torch.uint8)
+    scales = torch.empty(n_kv, num_slots, device=bench.device)
+    for head in range(n_kv):
+        own, scales[head] = quantize(torch.randn(num_slots, d, device=bench.device))
+        numbers[head] = own.view(torch.uint8)
+    return numbers.view(torch.float8_e4m3fn), scales
 
 
 def _numbers(kv: Any, table: Sequence[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:

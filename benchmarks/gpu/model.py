@@ -7,13 +7,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu.case import Absent, Bench
+from benchmarks.gpu.case import Bench
 from megatron_sps2.config import ModelConfig
 
 LLAMA_8B = ModelConfig(
@@ -43,17 +42,9 @@ def shape(bench: Bench) -> ModelConfig:
     return bench.pick(full=LLAMA_8B, quick=replace(LLAMA_8B, num_layers=4), tiny=TINY)
 
 
-def require(*packages: str) -> None:
-    """Raises Absent, naming those that are not installed."""
-    missing = [name for name in packages if find_spec(name.split(".")[0]) is None]
-    if missing:
-        raise Absent(f"not installed: {', '.join(missing)}")
-
-
 @contextmanager
 def world_of_one() -> Iterator[Any]:
     """ParallelGroups of a world with this process alone."""
-    require("megatron", "psutil", "msgspec")
     from megatron_sps2.config import ParallelConfig
     from megatron_sps2.parallel.groups import ParallelGroups
 

@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 
 if not __package__:  # started as a file: the repository need not be installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 
 def main(argv: list[str] | None = None) -> int:

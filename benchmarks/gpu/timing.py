@@ -14,7 +14,7 @@ MIN_CALLS, MAX_CALLS = 5, 100
 BUDGET_MS = 400.0
 # Of inputs in turn: so many times the device's L2 cache.
 CACHES = 3
-MAX_SETS = 16
+MAX_SETS = 64
 
 
 def milliseconds(call: Callable[[int], object], device: torch.device) -> float:
