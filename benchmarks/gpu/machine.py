@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "megatron-core", "flash-attn", "flash-attn-3", "deepspeed", "transformers")
+PACKAGES = ("triton", "megatron-core", "flash-attn", "flash-attn-3", "deepspeed", "transformers")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -20,6 +20,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "commit": _said("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
+        "torch": torch.__version__,
         **{package: _version(package) for package in PACKAGES},
         **(_card(device) if device.type == "cuda" else {"device": "cpu: kernels in Triton's interpreter"}),
     }
