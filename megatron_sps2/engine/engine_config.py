@@ -25,6 +25,8 @@ class EngineConfig:
     cache: CacheConfig | None = None
     block_size: int = 64
     device: str = "cpu"
+    # On a CUDA device a decode step is recorded as a graph; True: every step is launched anew.
+    enforce_eager: bool = False
     # A rank that sends nothing for this long is given up; one that ends is noticed at once.
     timeout_s: float = 300.0
 

@@ -27,9 +27,7 @@ class Kernels:
     merge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     attend_paged: Callable[..., tuple[Tensor, Tensor]]
     write_paged: Callable[[PagedKV, Slots, Tensor, Tensor], None]
-    # Turns queries and keys by their angles and writes keys and values, in one go: (q `[s, n, d]`, k, v `[s,
-    # n_kv, d]`, angles or None, kv, slots int64 `[s]`, -1 where nothing is kept) -> q, k. None: Megatron's
-    # layers turn them.
+    # None: Megatron's layers turn queries and keys, and write_paged keeps keys and values.
     append_roped: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
