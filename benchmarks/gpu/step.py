@@ -1,8 +1,8 @@
-"""A decode step through all layers of the model, launched one by one and replayed as a CUDA graph."""
+"""A decode step through all layers as the engine runs it: launched anew, and replayed as a CUDA graph."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,10 +13,11 @@ from torch import Tensor
 from benchmarks.gpu.case import Absent, Bench, Case, Row
 from benchmarks.gpu.checks import LIMITS, compare
 from benchmarks.gpu.model import random_forward, shape, world_of_one
-from benchmarks.gpu.timing import milliseconds
+from benchmarks.gpu.timing import milliseconds, on_every_turn
 
 K = 1024
 BLOCK_SIZE = 64
+Step = Callable[[], Tensor]
 
 
 def cases(bench: Bench) -> Iterator[Case]:
@@ -35,14 +36,18 @@ def _measure(bench: Bench, batch: int, num_tokens: int, graph: bool) -> Row:
     model = shape(bench)
     with world_of_one() as groups:
         forward, context = random_forward(bench, groups, torch.bfloat16)
-        step, cache = _step(bench, forward, context, groups, batch, num_tokens)
-        launched, call = step(), lambda _: step()
-        check = compare((launched,), (), 0.0)
+        cache = _cache(bench, forward, batch, num_tokens)
+        make = partial(_step, forward, context, cache, groups, batch, num_tokens)
+        launched = make(_launch)
+        wanted = launched()
+        step, pairs = launched, []
         if graph:
-            call, replayed = _captured(step)
-            call(0)
-            check = compare((replayed,), ((replayed, launched),), LIMITS[torch.bfloat16])
-        taken = milliseconds(call, bench.device)
+            from megatron_sps2.engine.decode_graph import CudaRecorder
+
+            step = make(CudaRecorder())
+            pairs = [(step(), wanted)]
+        check = compare((step(),), pairs, LIMITS[torch.bfloat16])
+        taken = milliseconds(on_every_turn(step), bench.device)
     moved = forward.weight_bytes + batch * num_tokens * cache.bytes_per_token
     return Row(
         shape=f"{model.num_layers} layers of hidden {model.hidden_size}, {batch} rows of {num_tokens}, bf16",
@@ -53,68 +58,65 @@ def _measure(bench: Bench, batch: int, num_tokens: int, graph: bool) -> Row:
     )
 
 
-def _step(
-    bench: Bench, forward: Any, context: Any, groups: Any, batch: int, num_tokens: int
-) -> tuple[Any, Any]:
-    """-> a function that gives logits of one more token for `batch` requests, and their cache."""
-    from megatron_sps2.attention.decode import DecodeRow, DecodeStep
+def _launch(body: Step) -> Step:
+    """In place of a recorder: replaying is running anew."""
+    return body
+
+
+def _cache(bench: Bench, forward: Any, batch: int, num_tokens: int) -> Any:
+    """A KVCache where each request has room for `num_tokens` tokens; all slots hold random numbers."""
     from megatron_sps2.attention.kv_cache import KVCache
     from megatron_sps2.config import CacheConfig
-    from megatron_sps2.ops.kernel_set import choose_kernels
-    from megatron_sps2.parallel.collectives import Wire
-    from megatron_sps2.parallel.ledger import Ledger
 
-    model, device = forward.model, bench.device
-    blocks = num_tokens // BLOCK_SIZE + 1
-    bench.needs(
-        4 * model.num_layers * model.num_query_groups * model.head_dim * batch * blocks * BLOCK_SIZE,
-        "the cache",
-    )
+    model, blocks = forward.model, -(-num_tokens // BLOCK_SIZE)
+    numbers = 2 * model.num_layers * model.num_query_groups * model.head_dim
+    bench.needs(2 * numbers * batch * blocks * BLOCK_SIZE, "the cache")
     cache = KVCache(
         CacheConfig(num_blocks=batch * blocks, block_size=BLOCK_SIZE),
         num_layers=model.num_layers,
         num_kv_heads=model.num_query_groups,
         head_dim=model.head_dim,
         dtype=torch.bfloat16,
-        device=device,
+        device=bench.device,
     )
+    for layer in range(model.num_layers):
+        for held in (cache.layer(layer).keys, cache.layer(layer).values):
+            held.normal_()
+    return cache
+
+
+def _step(
+    forward: Any, context: Any, cache: Any, groups: Any, batch: int, num_tokens: int, record: Any
+) -> Step:
+    """-> a function that gives logits of the last of `num_tokens` tokens of `batch` requests."""
+    from megatron_sps2.attention.decode import DecodeRow, DecodeStep
+    from megatron_sps2.attention.window import NO_WINDOWS
+    from megatron_sps2.engine.decode_graph import DecodeGraphs
+    from megatron_sps2.ops.append import append_roped
+    from megatron_sps2.ops.kernel_set import choose_kernels
+    from megatron_sps2.parallel.collectives import Wire
+    from megatron_sps2.parallel.ledger import Ledger
+
+    kernels = choose_kernels("auto", cache.device)
+    if kernels.append_roped is None:  # torch's set leaves turning to Megatron, which cannot be recorded
+        kernels = replace(kernels, append_roped=append_roped)
+    blocks = cache.config.num_blocks // batch
     for request in range(batch):
+        cache.free(request)
         cache.grant(request, list(range(request * blocks, (request + 1) * blocks)))
-        runs = cache.extend(request, num_tokens - 1)
-        new = torch.randn(2, num_tokens - 1, model.num_query_groups, model.head_dim, device=device)
-        for layer in range(model.num_layers):
-            cache.write(layer, runs, *new.bfloat16())
+        cache.extend(request, num_tokens - 1)
+    scale = forward.model.softmax_scale
     rows = [DecodeRow(request, home=0, kv_rank=0, spread=False) for request in range(batch)]
-    context.step = DecodeStep(
-        cache=cache,
-        wire=Wire(groups.sp, Ledger()),
-        rows=rows,
-        scale=model.softmax_scale,
-        # Megatron's layers turn queries and keys: nothing then depends on what the engine keeps of a step.
-        kernels=replace(choose_kernels("auto", device), append_roped=None),
-    )
-    ids = torch.full((batch, 1), 5, device=device)
-    positions = torch.full((batch,), num_tokens - 1, device=device)
-    angles = forward.angles(positions)
+    wire = Wire(groups.sp, Ledger())
+    step = DecodeStep(cache=cache, wire=wire, rows=rows, scale=scale, kernels=kernels)
+    fixed = {"scale": scale, "windows": NO_WINDOWS, "max_rows": batch, "max_tokens": num_tokens}
+    graphs = DecodeGraphs(forward, cache, context, kernels, record=record, **fixed)
+    ids, positions = [5] * batch, [num_tokens - 1] * batch
 
-    def step() -> Tensor:
-        hidden = forward.embed(ids, positions)
-        for layer in range(forward.num_layers):
-            hidden = forward.layer(layer, hidden, angles)
-        return forward.logits(hidden)
+    def run() -> Tensor:
+        logits: Tensor = forward.logits(graphs.run(ids, positions, step))
+        if logits.is_cuda:
+            torch.cuda.synchronize()  # the engine waits, too: it samples before the next step
+        return logits
 
-    return step, cache
-
-
-def _captured(step: Any) -> tuple[Any, Tensor]:
-    """-> a function that replays the step, and the logits that it fills."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = step()
-    return (lambda _: graph.replay()), logits
+    return run
