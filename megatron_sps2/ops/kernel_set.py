@@ -54,4 +54,17 @@ def choose_kernels(wanted: str, device: torch.device) -> Kernels:
 
 def triton_kernels() -> Kernels:
     """Loaded with its first use: triton need not be installed."""
-    return replace(TORCH, name="triton")
+    from megatron_sps2.ops.kernels.append import append_roped, write_paged
+    from megatron_sps2.ops.kernels.decode import attend_paged
+    from megatron_sps2.ops.kernels.merge import merge_partials
+    from megatron_sps2.ops.kernels.prefill import attend_prefill
+
+    return replace(
+        TORCH,
+        name="triton",
+        attend=attend_prefill,
+        merge=merge_partials,
+        attend_paged=attend_paged,
+        write_paged=write_paged,
+        append_roped=append_roped,
+    )
