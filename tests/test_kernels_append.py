@@ -130,3 +130,14 @@ def test_nothing_is_written_where_nothing_is_kept(slots: list[int]) -> None:
     for x, y in zip(found, reference.append_roped(q, k, v, rotation, copy.deepcopy(kv), places), strict=True):
         assert_same(x, y)
     assert_same_contents(kv, before)
+
+
+def test_a_small_negative_number_is_kept_as_a_negative_zero() -> None:
+    kv = make_kv(2, 64, torch.float32, float8=True)
+    other, slots = copy.deepcopy(kv), torch.tensor([5], device=DEVICE)
+    k = torch.full((1, 2, 64), -1e-6, device=DEVICE)
+    k[:, :, 0] = 448.0
+    kernels.append(kv, slots, k, -k)
+    reference.append(other, slots, k, -k)
+    assert (other.keys.view(torch.uint8)[:, 5, 1:] == 0x80).all()
+    assert_same_contents(kv, other)
