@@ -334,8 +334,9 @@ def test_doctor_names_the_backend_of_the_device_that_is_asked_for(
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "one")
-    for device, backend in (("cpu", "gloo"), ("auto", "nccl")):
-        assert main(["doctor", "--device", device, "--json"]) == 0
+    asked = (("cpu", "auto", "gloo"), ("auto", "auto", "nccl"), ("cuda", "gloo", "gloo"))
+    for device, wanted, backend in asked:
+        assert main(["doctor", "--device", device, "--backend", wanted, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["machine"]["backend"] == backend
 
 

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_sps2.attention.angles import AnglesOf, no_angles
 from megatron_sps2.attention.csa import CsaRun, csa
 from megatron_sps2.attention.csa_plan import CsaPlan
 from megatron_sps2.attention.csa_tally import CsaTally
 from megatron_sps2.attention.dilated import dilated
 from megatron_sps2.attention.kv_cache import KVCache
 from megatron_sps2.attention.prefill import STRATEGIES, PrefillShape
+from megatron_sps2.attention.rotations import RotationOf, no_rotation
 from megatron_sps2.attention.strategy import lay_out
 from megatron_sps2.attention.window import NO_WINDOWS, WindowPlan, Windows
 from megatron_sps2.csa_setting import CsaSetting
@@ -99,7 +99,7 @@ class PrefillStep:
     turn: int = 0  # by how many ranks the layout is turned
     windows: Windows = NO_WINDOWS
     kernels: Kernels = TORCH
-    angles_of: AnglesOf = no_angles
+    rotation_of: RotationOf = no_rotation
     layout: TokenLayout = field(init=False)
     csa: CsaRun | None = field(init=False, default=None)
     _past: list[SlotRun] = field(init=False)
@@ -159,7 +159,7 @@ class PrefillStep:
             self.kernels.write_paged(kv, self._new, k[:, 0], v[:, 0])
             return q, k
         slots = self._new.tensor(self.cache.device)
-        q, k = self.kernels.append_roped(q[:, 0], k[:, 0], v[:, 0], self.angles_of(layer), kv, slots)
+        q, k = self.kernels.append_roped(q[:, 0], k[:, 0], v[:, 0], self.rotation_of(layer), kv, slots)
         return q.unsqueeze(1), k.unsqueeze(1)
 
     def _plan_window(self) -> list[int]:

@@ -20,6 +20,7 @@ from megatron_sps2.attention.kv_cache import KVCache
 from megatron_sps2.config import CacheConfig, ModelConfig
 from megatron_sps2.engine.block_manager import BlockManager
 from megatron_sps2.engine.csa_reporter import CsaReporter
+from megatron_sps2.engine.decode_graph import CudaRecorder
 from megatron_sps2.engine.dry_prefill import DryPrefill
 from megatron_sps2.engine.engine import Engine, Place
 from megatron_sps2.engine.engine_config import EngineConfig
@@ -31,7 +32,7 @@ from megatron_sps2.model.checkpoint import load_gpt
 from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.model.heap import keep_freed_memory
 from megatron_sps2.model.manifest import load_model_config, read_manifest
-from megatron_sps2.ops.kernel_set import choose_kernels
+from megatron_sps2.ops.kernel_set import Kernels, choose_kernels
 from megatron_sps2.parallel.collectives import Wire, gather_objects, leave_together
 from megatron_sps2.parallel.groups import ParallelGroups, world_axis
 from megatron_sps2.parallel.ledger import Ledger
@@ -96,6 +97,10 @@ def assemble(
         gather = functools.partial(gather_objects, axis=groups.sp)
         mailbox = open_mailbox(groups.sp, gather, config.timeout_s, num_local_ranks=groups.world.size)
     runner = make_runner(config, groups, forward, context, cache, Wire(groups.sp, ledger, mailbox))
+    if records_decode(config, runner.kernels, groups.engine.size):
+        runner.record_decode(
+            CudaRecorder(), max_rows=config.schedule.max_num_seqs, max_tokens=config.max_model_len
+        )
     blocks = BlockManager(
         cache_config, config.parallel.sp_size, prefix_caching=config.schedule.prefix_caching
     )
@@ -126,6 +131,12 @@ def assemble(
         ),
         reporter=CsaReporter(setting=config.csa, traffic=traffic, exact_strategy=scheduler.exact_strategy),
     )
+
+
+def records_decode(config: EngineConfig, kernels: Kernels, num_ranks: int) -> bool:
+    """Whether decode steps become CUDA graphs. Exchanges between the ranks of a replica do not fit in."""
+    on_device = config.device.startswith("cuda") and kernels.append_roped is not None
+    return on_device and num_ranks == 1 and not config.enforce_eager
 
 
 def make_cache(config: EngineConfig, model: ModelConfig, size: CacheConfig) -> KVCache:

@@ -38,6 +38,8 @@ class EngineConfig:
     # weights and the largest prefill leave of it. None: the cache is what max_num_seqs requests need.
     gpu_memory_utilization: float | None = None
     device: str = "cpu"
+    # On a CUDA device a decode step is recorded as a graph; True: every step is launched anew.
+    enforce_eager: bool = False
     # A rank that sends nothing for this long is given up; one that ends is noticed at once.
     timeout_s: float = 300.0
 

@@ -16,6 +16,9 @@ from megatron_sps2.ops.decode_attend import CONVERTED_KEYS
 from megatron_sps2.ops.merge import merge
 from megatron_sps2.ops.quantized import dequantize, quantize
 
+# Of a token that is not kept here.
+NO_SLOT = -1
+
 
 @dataclass(frozen=True, slots=True)
 class SlotRun:
@@ -66,11 +69,15 @@ class Slots:
     def __len__(self) -> int:
         return sum(map(len, self.runs))
 
+    @property
+    def numbers(self) -> list[int]:
+        """One by one."""
+        return [slot for run in self.runs for slot in range(run.start, run.stop)]
+
     def tensor(self, device: torch.device) -> Tensor:
         """int64 `[s]`; made once for all layers."""
         if self._tensor is None:
-            slots = [slot for run in self.runs for slot in range(run.start, run.stop)]
-            self._tensor = torch.tensor(slots, dtype=torch.int64, device=device)
+            self._tensor = torch.tensor(self.numbers, dtype=torch.int64, device=device)
         return self._tensor
 
 
@@ -90,6 +97,15 @@ class PagedRows:
 
     def __len__(self) -> int:
         return len(self.tables)
+
+    def __add__(self, other: PagedRows) -> PagedRows:
+        """The rows of both."""
+        return PagedRows(
+            self.tables + other.tables,
+            self.starts + other.starts,
+            self.stops + other.stops,
+            self.block_size,
+        )
 
     @property
     def max_tokens(self) -> int:
@@ -167,6 +183,29 @@ def _cut(runs: Sequence[SlotRun], most: int) -> Iterator[list[SlotRun]]:
                 piece, room = [], most
     if piece:
         yield piece
+
+
+def attend_paged_reference(q: Tensor, kv: PagedKV, rows: PagedRows, *, scale: float) -> tuple[Tensor, Tensor]:
+    """As attend_paged, from the rows' tensors and with all scores at once: the host reads nothing."""
+    tables, starts, stops = rows.tensors(q.device)
+    places = torch.arange(tables.shape[1] * rows.block_size, device=q.device)
+    seen = (places >= starts[:, None]) & (places < stops[:, None])
+    slots = tables.repeat_interleave(rows.block_size, dim=1) * rows.block_size + places % rows.block_size
+    k, v = (
+        _dequantized(held, scales)[:, torch.where(seen, slots, 0)].movedim(0, 2).float()
+        for held, scales in ((kv.keys, kv.key_scales), (kv.values, kv.value_scales))
+    )  # [b, s, n_kv, d]
+    k, v = (x.masked_fill(~seen[:, :, None, None], 0.0) for x in (k, v))
+    heads = q.float().unflatten(1, (k.shape[2], -1))
+    scores = torch.einsum("bkgd,bskd->bkgs", heads, k) * scale
+    scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
+    return torch.einsum("bkgs,bskd->bkgd", weights, v).flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
+
+
+def _dequantized(held: Tensor, scales: Tensor | None) -> Tensor:
+    return held if scales is None else dequantize(held, scales)
 
 
 def write_paged(kv: PagedKV, slots: Slots, k: Tensor, v: Tensor) -> None:

@@ -8,21 +8,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # no scale is 0: rows of zeros come back as zeros
+# The largest number of float8_e4m3fn.
+LARGEST = 448.0
+# Of a row whose numbers are all smaller: its scale is still a normal number, and zeros come back as zeros.
+LEAST_TOP = LARGEST * torch.finfo(torch.float32).tiny
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x `[..., d]` -> float8_e4m3fn `[..., d]` and fp32 scales `[...]`; the largest number becomes 448.
+    """`[..., d]` -> float8_e4m3fn `[..., d]`, scales fp32 `[...]`; a row is what it holds times its scale.
 
-    A row with a NaN or an infinity comes back as NaN throughout, by a scale of NaN or infinity (which makes 0
-    of a finite number, and NaN of that 0 again): what is poisoned is never made finite.
+    The largest number of a row becomes 448. A row with NaN or an infinity comes back as NaN, all of it.
     """
-    rows = x.float()
-    scales = (rows.abs().amax(dim=-1) / LARGEST).clamp_min(SMALLEST_SCALE)
-    return (rows / scales.unsqueeze(-1)).to(torch.float8_e4m3fn), scales
+    numbers = x.float()
+    scales = numbers.abs().amax(dim=-1).clamp_min(LEAST_TOP) / LARGEST
+    return (numbers / scales.unsqueeze(-1)).to(torch.float8_e4m3fn), scales
 
 
-def dequantize(stored: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """float8_e4m3fn `[..., d]` and fp32 scales `[...]` -> numbers `[..., d]`, multiplied in fp32."""
-    return (stored.float() * scales.unsqueeze(-1)).to(dtype)
+def dequantize(x: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """float8_e4m3fn `[..., d]`, scales `[...]` -> numbers `[..., d]`, multiplied in fp32."""
+    return (x.float() * scales.unsqueeze(-1)).to(dtype)
