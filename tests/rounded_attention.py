@@ -27,4 +27,5 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, 
 def rounded(x: Tensor) -> Tensor:
     """fp32 [..., d], row by row, in plain steps."""
     scale = x.abs().max(dim=-1, keepdim=True).values / 448
+    scale[scale == 0] = 1  # a padding token's embedding is 0, and so are its keys
     return (x / scale).to(torch.float8_e4m3fn).to(torch.float32) * scale

@@ -36,10 +36,10 @@ from tests.tiny_llama import save_hf_llama
 GRIDS = {"sp1": (1, 1), "sp2": (2, 1), "sp3": (3, 1), "tp2": (1, 2)}
 JOBS = {
     "sps2, recompute": Job(schedule("sps2")),
-    "sps2, prefixes, swap": Job(schedule("sps2", prefix_caching=True, preemption="swap")),
+    "sps2, prefixes, swap": Job(schedule("sps2", prefix_caching=True, preemption="swap", layers_per_piece=2)),
     "sarathi, chunks of 48, swap": Job(schedule("sarathi", preemption="swap")),
     "sarathi, chunks of 20, prefixes": Job(
-        schedule("sarathi", max_num_batched_tokens=20, prefix_caching=True)
+        schedule("sarathi", max_num_batched_tokens=20, prefix_caching=True), is_small=False
     ),
     "fcfs": Job(schedule("fcfs"), is_small=False),
     "csa": Job(schedule("sps2"), csa=CSA),
