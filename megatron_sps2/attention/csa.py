@@ -15,6 +15,9 @@ from megatron_sps2.attention.csa_exchange import KeptKeys
 from megatron_sps2.attention.csa_run import CsaRun, HeadChunk
 from megatron_sps2.attention.prefill import PrefillShape, kv_chunks, pass_q
 
+# Messages of the next head chunk that should be on their way while this one attends.
+STAGES = 4
+
 __all__ = ["CsaRun", "csa"]
 
 
@@ -62,6 +65,7 @@ def _attend(kept: KeptKeys, out: Tensor) -> Iterator[None]:
         run.routes.attending,
         out[:, 0, chunk.queries],
         scale=run.scale,
+        num_pauses=1 if len(run.ranks) == 1 else STAGES,
         timed=run.spans,
     )
 

@@ -160,12 +160,14 @@ def attend_kept(
     out: Tensor,
     *,
     scale: float,
+    num_pauses: int = 1,
     timed: Timed = lambda name: nullcontext(),
 ) -> Iterator[None]:
     """Fills out `[s, n, d]` with what the readers' queries see: their own segment, causally, and kept keys.
 
-    q `[s, n, d]`; k, v `[n_kv, s, d]`: earlier segments, own keys among them. Pauses now and then, so that
-    other work can be done meanwhile. Seconds are booked as "local" and "far" where the two can be told apart.
+    q `[s, n, d]`; k, v `[n_kv, s, d]`: earlier segments, own keys among them. Pauses, so that other work can be
+    done meanwhile, about `num_pauses` times or oftener (here after each reader). Seconds are booked as "local"
+    and "far" where the two can be told apart.
     """
     for i, reader in enumerate(reads.readers):
         assert reader.query_row is not None and reader.key_row is not None, "readers that are here"
