@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+KERNEL_CHOICES = ("auto", "torch", "triton")
 PREFILL_STRATEGIES = ("auto", "ulysses", "pass_kv", "pass_q")
 ATTENTION_MODES = ("exact", "csa", "auto")
 POLICY_NAMES = ("sps2", "sarathi", "fcfs")
@@ -20,6 +21,7 @@ ROPE_SCALINGS = ("linear", "llama3", "yarn")
 # Likeliest tokens that are reported beside a chosen one, at most.
 MAX_LOGPROBS = 20
 
+KernelChoice = Literal["auto", "torch", "triton"]
 PrefillStrategy = Literal["auto", "ulysses", "pass_kv", "pass_q"]
 PolicyName = Literal["sps2", "sarathi", "fcfs"]
 PreemptionMode = Literal["recompute", "swap"]
@@ -249,12 +251,15 @@ class AttentionConfig:
     strategy: PrefillStrategy = "auto"
     # True: head chunk c+1 travels while chunk c attends. False: same result, one chunk at a time.
     pipeline: bool = True
+    # What computes a rank's share. auto: triton on CUDA devices where it is installed, else torch.
+    kernels: KernelChoice = "auto"
 
     def __post_init__(self) -> None:
         _require_choice("mode", self.mode, ATTENTION_MODES)
         if self.csa_min_tokens is not None:
             _require_positive(self, "csa_min_tokens")
         _require_choice("strategy", self.strategy, PREFILL_STRATEGIES)
+        _require_choice("kernels", self.kernels, KERNEL_CHOICES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

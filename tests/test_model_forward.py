@@ -70,7 +70,7 @@ def _interleaved(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     hidden = [gpt.embed(ids[:, None], torch.arange(len(ids))) for ids in prompts]
     angles = [gpt.angles(torch.arange(len(ids))) for ids in prompts]
     for index in range(gpt.num_layers):
-        hidden = [gpt.layer(index, h, a) for h, a in zip(hidden, angles, strict=True)]
+        hidden = [gpt.layer(index, h, gpt.angles_of(index, a)) for h, a in zip(hidden, angles, strict=True)]
     return [
         (gpt.logits(h)[:, 0].numpy(), forward(gpt, ids).numpy())
         for h, ids in zip(hidden, prompts, strict=True)

@@ -92,5 +92,5 @@ def forward(gpt: GptForward, token_ids: Tensor) -> Tensor:
     positions = torch.arange(len(token_ids))
     hidden, angles = gpt.embed(token_ids[:, None], positions), gpt.angles(positions)
     for index in range(gpt.num_layers):
-        hidden = gpt.layer(index, hidden, angles)
+        hidden = gpt.layer(index, hidden, gpt.angles_of(index, angles))
     return gpt.logits(hidden)[:, 0]

@@ -12,16 +12,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_sps2.attention.angles import AnglesOf, no_angles
 from megatron_sps2.attention.csa import CsaRun, csa
 from megatron_sps2.attention.csa_plan import CsaPlan
 from megatron_sps2.attention.csa_tally import CsaTally
 from megatron_sps2.attention.dilated import dilated
-from megatron_sps2.attention.kv_cache import KVCache, SlotRun
+from megatron_sps2.attention.kv_cache import KVCache
 from megatron_sps2.attention.prefill import STRATEGIES, PrefillShape
 from megatron_sps2.attention.strategy import lay_out
 from megatron_sps2.attention.window import NO_WINDOWS, WindowPlan, Windows
 from megatron_sps2.csa_setting import CsaSetting
 from megatron_sps2.ops.dilated import dilated_pairs, paper_levels
+from megatron_sps2.ops.kernel_set import TORCH, Kernels
+from megatron_sps2.ops.paged import SlotRun, Slots
 from megatron_sps2.parallel.collectives import Wire
 from megatron_sps2.parallel.layout import TokenLayout
 
@@ -30,7 +33,10 @@ class AttentionStep(Protocol):
     """One engine step as core attention sees it."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [s/P, b, n/T, d], k and v [s/P, b, n_kv/T, d], roped -> [s/P, b, n/T, d]; layers count from 0."""
+        """q [s/P, b, n/T, d], k and v [s/P, b, n_kv/T, d] -> [s/P, b, n/T, d]; layers count from 0.
+
+        Roped, unless the step's kernels do that.
+        """
         ...
 
 
@@ -92,11 +98,13 @@ class PrefillStep:
     unit: int = 1
     turn: int = 0  # by how many ranks the layout is turned
     windows: Windows = NO_WINDOWS
+    kernels: Kernels = TORCH
+    angles_of: AnglesOf = no_angles
     layout: TokenLayout = field(init=False)
     csa: CsaRun | None = field(init=False, default=None)
     _past: list[SlotRun] = field(init=False)
     _near: list[SlotRun] = field(init=False)  # of the past, within the window
-    _new: list[SlotRun] = field(init=False)
+    _new: Slots = field(init=False)
     _window: WindowPlan = field(init=False)
 
     def __post_init__(self) -> None:
@@ -112,7 +120,7 @@ class PrefillStep:
         )
         self._past = cache.runs(self.request_id, 0, cache.num_tokens(self.request_id))
         positions = self._plan_window() if self.windows.layers else ()
-        self._new = cache.extend(self.request_id, self.layout.tokens_per_rank[axis.rank], positions)
+        self._new = Slots(cache.extend(self.request_id, self.layout.tokens_per_rank[axis.rank], positions))
         if self.setting is not None and self.strategy in ("csa", "dilated"):
             self.csa = CsaRun(
                 plan=CsaPlan(self.setting, self.num_tokens, axis.size),
@@ -121,11 +129,12 @@ class PrefillStep:
                 overlap=self.overlap,
                 tally=CsaTally(cache.num_layers, cache.num_kv_heads, cache.device),
                 first_kv_head=self.first_kv_head,
+                kernels=self.kernels,
             )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [s/P, 1, n, d], k and v [s/P, 1, n_kv, d] -> [s/P, 1, n, d]; K and V stay in this shard."""
-        self.cache.write(layer, self._new, k[:, 0], v[:, 0])
+        q, k = self._keep(layer, q, k, v)
         if layer in self.windows.layers:
             return self._window.attend(q, k, v, self.cache.read(layer, self._near))
         if self.csa is not None:
@@ -137,8 +146,19 @@ class PrefillStep:
             scale=self.scale,
             overlap=self.overlap,
             past=self.cache.read(layer, self._past) if self.num_past else None,
+            kernels=self.kernels,
         )
         return STRATEGIES[self.strategy](q, k, v, shape)
+
+    def _keep(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes K and V -> q and k, turned where Megatron has not."""
+        kv = self.cache.layer(layer)
+        if self.kernels.append_roped is None:
+            self.kernels.write_paged(kv, self._new, k[:, 0], v[:, 0])
+            return q, k
+        slots = self._new.tensor(self.cache.device)
+        q, k = self.kernels.append_roped(q[:, 0], k[:, 0], v[:, 0], self.angles_of(layer), kv, slots)
+        return q.unsqueeze(1), k.unsqueeze(1)
 
     def _plan_window(self) -> list[int]:
         """Positions of this rank's new tokens."""

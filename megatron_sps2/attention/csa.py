@@ -75,6 +75,11 @@ def _attend_tail(q: Tensor, k: Tensor, v: Tensor, out: Tensor, run: CsaRun) -> N
     layout = run.plan.tail_layout()
     before = len(q) - layout.tokens_per_rank[run.rank]
     shape = PrefillShape(
-        layout=layout, wire=run.wire, scale=run.scale, overlap=False, past=(k[:before], v[:before])
+        layout=layout,
+        wire=run.wire,
+        scale=run.scale,
+        overlap=False,
+        past=(k[:before], v[:before]),
+        kernels=run.kernels,
     )
     out[before:] = pass_q(q[before:], k[before:], v[before:], shape)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_sps2.attention.kv_cache import KVCache, SlotRun
+from megatron_sps2.attention.angles import AnglesOf, no_angles
+from megatron_sps2.attention.kv_cache import KVCache
 from megatron_sps2.attention.window import NO_WINDOWS, Windows
-from megatron_sps2.ops.attend import attend
-from megatron_sps2.ops.merge import merge
+from megatron_sps2.ops.kernel_set import TORCH, Kernels
+from megatron_sps2.ops.paged import PagedRows, Slots
 from megatron_sps2.parallel.collectives import Wire, gather_tokens, return_partials, route_rows
 
 
@@ -42,8 +43,14 @@ class DecodeStep:
     rows: list[DecodeRow]
     scale: float
     windows: Windows = NO_WINDOWS
+    kernels: Kernels = TORCH
+    angles_of: AnglesOf = no_angles
     _local: _Rows = field(init=False)
     _spread: _Rows = field(init=False)
+    # Whether new K and V of any row travel.
+    _moves: bool = field(init=False)
+    # Of the rows at home here, where what stays goes; -1 for what travels.
+    _home_slots: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         order = [(row.home, row.spread) for row in self.rows]
@@ -54,6 +61,9 @@ class DecodeStep:
         self._local = _Rows.make_room(self.cache, local, me, self.windows)
         # Rows kept here arrive sorted by home rank, which is the order of `rows`.
         self._spread = _Rows.make_room(self.cache, [row for row in self.rows if row.spread], me, self.windows)
+        self._moves = any(row.home != row.kv_rank for row in self._spread.rows)
+        if self.kernels.append_roped is not None:
+            self._home_slots = self._find_home_slots()
 
     @property
     def home_counts(self) -> list[int]:
@@ -63,27 +73,48 @@ class DecodeStep:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [b/P, 1, n, d], k and v [b/P, 1, n_kv, d] of the rows at home here -> [b/P, 1, n, d]."""
         num_local = len(self._local.rows)
+        v = v[:, 0]
+        q, k = self._keep(layer, q[:, 0], k[:, 0], v)
         queries = None
         if self._spread.rows:
             counts = _count_homes(self._spread.rows, self.wire.axis.size)
-            queries = gather_tokens(q[num_local:, 0], self.wire, counts, "gather_queries")
+            queries = gather_tokens(q[num_local:], self.wire, counts, "gather_queries")
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if num_local:
-            self.cache.write(layer, self._local.kept, k[:num_local, 0], v[:num_local, 0])
-            out[:num_local, 0] = self._attend_shards(layer, q[:num_local, 0], self._local)[0]
+            out[:num_local] = self._attend_shards(layer, q[:num_local], self._local)[0]
         if queries is not None:
-            kept = self._take_kv(k[num_local:, 0], v[num_local:, 0])
-            self.cache.write(layer, self._spread.kept, *kept)
+            if self._moves:
+                taken = self._take_kv(k[num_local:], v[num_local:])
+                self.kernels.write_paged(self.cache.layer(layer), self._spread.kept, *taken)
             part, lse = self._attend_shards(layer, queries.wait(), self._spread)
             outs, lses = return_partials(part, lse, self.wire, counts).wait()
-            out[num_local:, 0] = merge(outs, lses)[0]
-        return out
+            out[num_local:] = self.kernels.merge(outs, lses)[0]
+        return out.unsqueeze(1)
+
+    def _find_home_slots(self) -> Tensor:
+        device, num_spread = (
+            self.cache.device,
+            sum(row.home == self.wire.axis.rank for row in self._spread.rows),
+        )
+        kept = self._spread.kept.tensor(device)
+        return torch.cat(
+            [self._local.kept.tensor(device), kept.new_full((num_spread,), -1) if self._moves else kept]
+        )
+
+    def _keep(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the K and V that stay at home -> q and k, turned where Megatron has not."""
+        kv = self.cache.layer(layer)
+        if self.kernels.append_roped is not None:
+            return self.kernels.append_roped(q, k, v, self.angles_of(layer), kv, self._home_slots)
+        num_local = len(self._local.rows)
+        self.kernels.write_paged(kv, self._local.kept, k[:num_local], v[:num_local])
+        if not self._moves:
+            self.kernels.write_paged(kv, self._spread.kept, k[num_local:], v[num_local:])
+        return q, k
 
     def _take_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V of the spread rows at home here -> of those kept here; nothing travels if all stay."""
+        """K and V of the spread rows at home here -> of those kept here."""
         rows = self._spread.rows
-        if all(row.home == row.kv_rank for row in rows):
-            return k, v
         me, ranks = self.wire.axis.rank, range(self.wire.axis.size)
         mine = [row.kv_rank for row in rows if row.home == me]
         order = sorted(range(len(mine)), key=lambda i: mine[i])
@@ -94,17 +125,9 @@ class DecodeStep:
         return k, v
 
     def _attend_shards(self, layer: int, queries: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
-        """[b, n, d] -> this rank's part: out [b, n, d], lse [b, n] fp32; row by row, as shards are ragged."""
+        """[b, n, d] -> this rank's part: out [b, n, d], lse [b, n] fp32."""
         shards = rows.near if layer in self.windows.layers else rows.shards
-        out = torch.zeros_like(queries)
-        lse = queries.new_full(queries.shape[:2], float("-inf"), dtype=torch.float32)
-        for i, runs in enumerate(shards):
-            if not runs:
-                continue
-            k, v = self.cache.read(layer, runs)
-            row_out, row_lse = attend(queries[i : i + 1, None], k, v, scale=self.scale, diagonal=None)
-            out[i], lse[i] = row_out[0, 0], row_lse[0, 0]
-        return out, lse
+        return self.kernels.attend_paged(queries, self.cache.layer(layer), shards, scale=self.scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +135,9 @@ class _Rows:
     """Some rows, where their new K and V go on this rank, and what of each request lies here."""
 
     rows: list[DecodeRow]
-    kept: list[SlotRun]
-    shards: list[list[SlotRun]]
-    near: list[list[SlotRun]]  # within the window
+    kept: Slots
+    shards: PagedRows
+    near: PagedRows  # within the window
 
     @classmethod
     def make_room(cls, cache: KVCache, rows: list[DecodeRow], me: int, windows: Windows) -> _Rows:
@@ -124,12 +147,12 @@ class _Rows:
             for row in mine
             for run in cache.extend(row.request_id, 1, [row.position] if windows.layers else ())
         ]
-        shards = [cache.runs(row.request_id, 0, cache.num_tokens(row.request_id)) for row in rows]
-        near = [
-            cache.runs_after(row.request_id, row.position - windows.size)[0] if windows.layers else []
-            for row in rows
-        ]
-        return cls(rows, kept, shards, near)
+        ids = [row.request_id for row in rows]
+        shards = near = cache.rows(ids, [0] * len(ids))
+        if windows.layers:
+            firsts = [cache.first_after(row.request_id, row.position - windows.size) for row in rows]
+            near = cache.rows(ids, firsts)
+        return cls(rows, Slots(kept), shards, near)
 
 
 def _count_homes(rows: list[DecodeRow], num_ranks: int) -> list[int]:

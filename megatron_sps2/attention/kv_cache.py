@@ -14,17 +14,7 @@ from torch import Tensor
 
 from megatron_sps2.attention.huge_pages import prefer_huge_pages
 from megatron_sps2.config import CacheConfig, KVCacheFull
-
-
-@dataclass(frozen=True, slots=True)
-class SlotRun:
-    """Neighbouring cache slots start <= slot < stop."""
-
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
+from megatron_sps2.ops.paged import PagedKV, PagedRows, SlotRun, Slots, slot_runs, write_paged
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +93,10 @@ class KVCache:
         num_kv_heads, _, head_dim = self._keys[0].shape
         return 2 * len(self._keys) * num_kv_heads * head_dim * self._keys[0].element_size()
 
+    def layer(self, index: int) -> PagedKV:
+        """Keys and values of a layer, from 0."""
+        return PagedKV(self._keys[index], self._values[index], self.config.block_size)
+
     def grant(self, request_id: int, blocks: list[int]) -> None:
         """Adds `blocks` to the request's table."""
         self._tables.setdefault(request_id, BlockTable()).blocks.extend(blocks)
@@ -133,38 +127,34 @@ class KVCache:
 
     def runs(self, request_id: int, start: int, stop: int) -> list[SlotRun]:
         """Where tokens start <= i < stop of the request's shard lie, in as few runs of slots as can be."""
-        size, found = self.config.block_size, list[SlotRun]()
         table = self._tables.get(request_id, BlockTable())
-        while start < stop:
-            slot = table.blocks[start // size] * size + start % size
-            count = min(stop - start, size - start % size)
-            if found and found[-1].stop == slot:
-                found[-1] = SlotRun(found[-1].start, slot + count)
-            else:
-                found.append(SlotRun(slot, slot + count))
-            start += count
-        return found
+        return slot_runs(table.blocks, start, stop, self.config.block_size)
 
     def runs_after(self, request_id: int, position: int) -> tuple[list[SlotRun], Tensor]:
         """Where the request's tokens behind `position` lie in this shard, and their positions."""
         table = self._tables.get(request_id, BlockTable())
-        assert len(table.positions) == table.num_tokens, f"positions of request {request_id} were not kept"
-        first = int(torch.searchsorted(table.positions, position, right=True))
+        first = self.first_after(request_id, position)
         return self.runs(request_id, first, table.num_tokens), table.positions[first:]
+
+    def first_after(self, request_id: int, position: int) -> int:
+        """The first of the request's tokens in this shard that lies behind `position` in the sequence."""
+        table = self._tables.get(request_id, BlockTable())
+        assert len(table.positions) == table.num_tokens, f"positions of request {request_id} were not kept"
+        return int(torch.searchsorted(table.positions, position, right=True))
+
+    def rows(self, request_ids: Sequence[int], starts: Sequence[int]) -> PagedRows:
+        """What each request has in this shard from its token starts[i] on; for one step."""
+        tables = [self._tables.get(request_id, BlockTable()) for request_id in request_ids]
+        stops = [table.num_tokens for table in tables]
+        return PagedRows([table.blocks for table in tables], list(starts), stops, self.config.block_size)
 
     def write(self, layer: int, runs: list[SlotRun], k: Tensor, v: Tensor) -> None:
         """k, v [s, n_kv, d] into the slots of `runs`, which together are s long."""
-        assert sum(map(len, runs)) == len(k), f"{len(k)} tokens for {sum(map(len, runs))} slots"
-        first = 0
-        for run in runs:
-            last = first + len(run)
-            self._keys[layer][:, run.start : run.stop] = k[first:last].transpose(0, 1)
-            self._values[layer][:, run.start : run.stop] = v[first:last].transpose(0, 1)
-            first = last
+        write_paged(self.layer(layer), Slots(runs), k, v)
 
     def read(self, layer: int, runs: list[SlotRun]) -> tuple[Tensor, Tensor]:
         """k, v [s, 1, n_kv, d] of `runs`: a view of the cache where it is one run, else gathered."""
-        return _gather(self._keys[layer], runs), _gather(self._values[layer], runs)
+        return self.layer(layer).read(runs)
 
     def free(self, request_id: int) -> None:
         """Forgets the request's tokens; unknown requests are fine (a rank may hold none of its tokens)."""
@@ -187,15 +177,6 @@ class KVCache:
         for layer, (k, v) in enumerate(swapped.layers):
             device = self._keys[layer].device
             self.write(layer, runs, k.to(device), v.to(device))
-
-
-def _gather(slots: Tensor, runs: list[SlotRun]) -> Tensor:
-    """[n_kv, num_slots, d] -> [s, 1, n_kv, d]"""
-    if len(runs) == 1:
-        found = slots[:, runs[0].start : runs[0].stop]
-    else:
-        found = torch.cat([slots[:, run.start : run.stop] for run in runs] or [slots[:, :0]], dim=1)
-    return found.transpose(0, 1).unsqueeze(1)
 
 
 def _to_host(x: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_sps2.attention.strategy import LOCAL
-from megatron_sps2.ops.attend import attend
-from megatron_sps2.ops.merge import merge
+from megatron_sps2.ops.kernel_set import TORCH, Kernels
 from megatron_sps2.parallel.collectives import (
     Handle,
     Wire,
@@ -25,7 +24,7 @@ from megatron_sps2.parallel.collectives import (
     return_partials,
     seq_to_heads,
 )
-from megatron_sps2.parallel.layout import HeadGroup, TokenLayout, head_range, split_heads
+from megatron_sps2.parallel.layout import HeadGroup, Segment, TokenLayout, head_range, split_heads
 
 Chunk = TypeVar("Chunk")
 Arrived = TypeVar("Arrived")
@@ -44,6 +43,7 @@ class PrefillShape:
     overlap: bool
     # This rank's shard of the context before the prompt, k and v [c/P, b, n_kv, d]; pass_q only.
     past: tuple[Tensor, Tensor] | None = None
+    kernels: Kernels = TORCH
 
 
 class Strategy(Protocol):
@@ -86,9 +86,7 @@ def ulysses(q: Tensor, k: Tensor, v: Tensor, shape: PrefillShape) -> Tensor:
         groups: list[list[HeadGroup]], arrived: tuple[Handle[Tensor], Handle[Tensor], Handle[Tensor]]
     ) -> Tensor:
         k_handle, q_handle, v_handle = arrived
-        return _attend_groups(
-            q_handle.wait(), k_handle.wait(), v_handle.wait, groups[wire.axis.rank], shape.scale
-        )
+        return _attend_groups(q_handle.wait(), k_handle.wait(), v_handle.wait, groups[wire.axis.rank], shape)
 
     def give_back(groups: list[list[HeadGroup]], out: Tensor) -> Handle[list[Tensor]]:
         return heads_to_seq(out, wire, tokens, [sum(g.num_queries for g in held) for held in groups])
@@ -122,7 +120,7 @@ def pass_kv(q: Tensor, k: Tensor, v: Tensor, shape: PrefillShape) -> Tensor:
         for segment in layout.segments[wire.axis.rank]:
             mine = queries[first : first + len(segment)]
             first += len(segment)
-            outs.append(_attend_up_to(mine, keys, values, segment.stop, segment.start, shape.scale))
+            outs.append(_attend_up_to(mine, keys, values, segment, shape))
         values()  # A rank with no token must still take V off the wire.
         return torch.cat(outs)
 
@@ -151,7 +149,7 @@ def pass_q(q: Tensor, k: Tensor, v: Tensor, shape: PrefillShape) -> Tensor:
         return return_partials(*partial, wire, tokens)
 
     results = three_phase(kv_chunks(k.shape[2], shape.overlap), bring, compute, give_back)
-    return torch.cat([merge(outs, lses)[0] for outs, lses in results], dim=2)
+    return torch.cat([shape.kernels.merge(outs, lses)[0] for outs, lses in results], dim=2)
 
 
 def local(q: Tensor, k: Tensor, v: Tensor, shape: PrefillShape) -> Tensor:
@@ -159,7 +157,7 @@ def local(q: Tensor, k: Tensor, v: Tensor, shape: PrefillShape) -> Tensor:
     if not len(q):
         return torch.empty_like(q)
     if shape.past is None:
-        return attend(q, k, v, scale=shape.scale, diagonal=0)[0]
+        return shape.kernels.attend(q, k, v, scale=shape.scale, diagonal=0)[0]
     return _partial_of_shard(q, k, v, shape.past, shape)[0]
 
 
@@ -171,6 +169,7 @@ def _partial_of_shard(
 ) -> tuple[Tensor, Tensor]:
     """All queries [s, b, n, d] against this rank's keys -> partial (out, lse), rows in order of position."""
     s, b, n, _ = queries.shape
+    attend, merge = shape.kernels.attend, shape.kernels.merge
     out = torch.zeros_like(queries, memory_format=torch.contiguous_format)
     lse = queries.new_full((s, b, n), float("-inf"), dtype=torch.float32)
     if past is not None and len(past[0]) and s:
@@ -191,21 +190,24 @@ def _partial_of_shard(
 
 
 def _attend_up_to(
-    q: Tensor, k: Tensor, v: Callable[[], Tensor], num_keys: int, diagonal: int, scale: float
+    q: Tensor, k: Tensor, v: Callable[[], Tensor], segment: Segment, shape: PrefillShape
 ) -> Tensor:
+    """The queries of a segment to all keys up to its end."""
     if not len(q):
         return torch.empty_like(q)
-    return attend(q, k[:num_keys], lambda: v()[:num_keys], scale=scale, diagonal=diagonal)[0]
+    keys, stop = k[: segment.stop], segment.stop
+    return shape.kernels.attend(q, keys, lambda: v()[:stop], scale=shape.scale, diagonal=segment.start)[0]
 
 
 def _attend_groups(
-    q: Tensor, k: Tensor, v: Callable[[], Tensor], groups: list[HeadGroup], scale: float
+    q: Tensor, k: Tensor, v: Callable[[], Tensor], groups: list[HeadGroup], shape: PrefillShape
 ) -> Tensor:
     """Causal attention of a rank's heads: q [s, b, n/P, d], k and v [s, b, n_kv/P, d] -> [s, b, n/P, d]."""
     if not groups or not len(q):
         v()
         return torch.empty_like(q)
     sizes = [group.num_queries for group in groups]
+    attend, scale = shape.kernels.attend, shape.scale
     if len(set(sizes)) == 1:
         return attend(q, k, v, scale=scale, diagonal=0)[0]
     values = v()  # A KV head shared with a neighbouring rank has fewer queries here: one group at a time.

@@ -9,6 +9,7 @@ from megatron_sps2.cli.launch_arguments import ALONE, add_launch
 from megatron_sps2.config import (
     ATTENTION_MODES,
     DTYPES,
+    KERNEL_CHOICES,
     PREFILL_STRATEGIES,
     AttentionConfig,
     ModelConfig,
@@ -152,6 +153,7 @@ def attention_config(args: argparse.Namespace) -> AttentionConfig:
         csa_min_tokens=args.csa_min_tokens,
         strategy=args.strategy,
         pipeline=args.pipeline,
+        kernels=args.kernels,
     )
 
 
@@ -275,6 +277,12 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="from 1,024 tokens on, overlap the exchange of a head chunk with the attention of another; same "
         "result (default: on)",
+    )
+    group.add_argument(
+        "--kernels",
+        choices=KERNEL_CHOICES,
+        default="auto",
+        help="what computes attention; auto: triton on CUDA devices where it is installed, else torch",
     )
     add_launch(parser)
 

@@ -29,6 +29,7 @@ from megatron_sps2.model.checkpoint import load_gpt
 from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.model.heap import keep_freed_memory
 from megatron_sps2.model.manifest import load_model_config, read_manifest
+from megatron_sps2.ops.kernel_set import choose_kernels
 from megatron_sps2.parallel.collectives import Wire, gather_objects, leave_together
 from megatron_sps2.parallel.groups import ParallelGroups, world_axis
 from megatron_sps2.parallel.ledger import Ledger
@@ -108,6 +109,7 @@ def assemble(
         csa=config.csa,
         tp_rank=groups.tp.rank,
         unit=cache_config.block_size if config.schedule.prefix_caching else 1,
+        kernels=choose_kernels(config.attention.kernels, device),
     )
     blocks = BlockManager(
         cache_config, config.parallel.sp_size, prefix_caching=config.schedule.prefix_caching

@@ -5,6 +5,7 @@ Knows the model and the plan; does not decide anything.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megatron_sps2.attention.core import AttentionStep, BatchStep, PrefillStep, StepContext
+from megatron_sps2.attention.core import BatchStep, PrefillStep, StepContext
 from megatron_sps2.attention.decode import DecodeRow, DecodeStep
 from megatron_sps2.attention.kv_cache import KVCache
 from megatron_sps2.attention.window import Windows
@@ -29,6 +30,7 @@ from megatron_sps2.engine.sampler import (
     score,
 )
 from megatron_sps2.model.gpt import GptForward
+from megatron_sps2.ops.kernel_set import TORCH, Kernels
 from megatron_sps2.parallel.collectives import Wire, gather_tokens
 
 logger = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ class _Sequence:
 class _Part:
     """Rows of this rank that go through the layers with one attention: a prompt's, or the decodes'."""
 
-    step: AttentionStep
+    step: PrefillStep | DecodeStep
     hidden: Tensor
     angles: Tensor
 
@@ -105,12 +107,14 @@ class Runner:
         csa: CsaSetting | None,
         tp_rank: int,
         unit: int = 1,
+        kernels: Kernels = TORCH,
     ) -> None:
         self._forward, self._cache, self._context = forward, cache, context
         # Long prompts overlap their exchanges with computing, which the mailbox cannot; the rest is small.
         self._sp, self._small = replace(sp, mailbox=None), sp
         self._overlap, self._device = overlap, torch.device(device)
         self._replica, self._csa, self._tp_rank = replica, csa, tp_rank
+        self._kernels = kernels
         self._unit = unit  # of tokens that stay together on a rank, as the scheduler lays them out
         model = forward.model
         self._scale = model.softmax_scale
@@ -171,7 +175,7 @@ class Runner:
         for layer in range(first, last):
             self._sp.ledger.activity.layer = layer
             with self._span(f"layer {layer}", "layers"):
-                hidden = self._forward.layer(layer, hidden, angles)
+                hidden = self._forward.layer(layer, hidden, self._turned_by_megatron(layer, angles))
         self._context.step = None
         for part, mine in zip(parts, hidden.split(rows), strict=True):
             part.hidden = mine
@@ -185,7 +189,7 @@ class Runner:
 
     def _begin(self, plan: StepPlan) -> list[_Part]:
         """Rooms and rows of a step that begins at the first layer; all its tokens are embedded at once."""
-        steps: list[AttentionStep] = []
+        steps = list[PrefillStep | DecodeStep]()
         ids, positions, counts = list[int](), list[int](), list[int]()
         for piece in plan.pieces:
             step = self._prefill_step(piece)
@@ -202,7 +206,15 @@ class Runner:
             positions += [token.position for token in mine]
             counts.append(len(mine))
         hidden, angles = (x.split(counts) for x in self._embed(ids, positions))
-        return [_Part(*each) for each in zip(steps, hidden, angles, strict=True)]
+        parts = [_Part(*each) for each in zip(steps, hidden, angles, strict=True)]
+        if self._kernels.append_roped is not None:
+            for part in parts:
+                part.step.angles_of = functools.partial(self._forward.angles_of, angles=part.angles)
+        return parts
+
+    def _turned_by_megatron(self, layer: int, angles: Tensor) -> Tensor | None:
+        """The angles by which Megatron's layer turns queries and keys: none where the kernels do."""
+        return self._forward.angles_of(layer, angles) if self._kernels.append_roped is None else None
 
     def _prefill_step(self, piece: PrefillPiece) -> PrefillStep:
         rank, num_tokens = self._sp.axis.rank, piece.stop - piece.start
@@ -227,6 +239,7 @@ class Runner:
             unit=self._unit,
             turn=piece.turn,
             windows=self._windows,
+            kernels=self._kernels,
         )
 
     def _learn(self, request_id: int, prompt: NewPrompt) -> None:
@@ -245,7 +258,14 @@ class Runner:
             for token in tokens
         ]
         wire = self._small.for_messages(len(rows) * self._row_bytes)
-        return DecodeStep(cache=self._cache, wire=wire, rows=rows, scale=self._scale, windows=self._windows)
+        return DecodeStep(
+            cache=self._cache,
+            wire=wire,
+            rows=rows,
+            scale=self._scale,
+            windows=self._windows,
+            kernels=self._kernels,
+        )
 
     def _embed(self, token_ids: list[int], positions: list[int]) -> tuple[Tensor, Tensor]:
         """-> hidden [s/P, 1, h] and the rotary angles of these positions."""

@@ -80,7 +80,7 @@ class Trial:
         angles = self._forward.angles(places)
         self._context.step = step
         for layer in range(self._forward.num_layers):
-            hidden = self._forward.layer(layer, hidden, angles)
+            hidden = self._forward.layer(layer, hidden, self._forward.angles_of(layer, angles))
         self._context.step = None
         return hidden
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_sps2.config import ModelConfig
 from megatron_sps2.model.linear import linear, pack, pack_linears
-from megatron_sps2.model.rotary import rotary_angles
+from megatron_sps2.model.rotary import inverse_frequencies, turned_by
 from megatron_sps2.parallel.collectives import Wire, gather_vocab
 from megatron_sps2.parallel.groups import axis_of
 from megatron_sps2.parallel.ledger import Ledger
@@ -39,6 +39,7 @@ class GptForward:
         if not tied:
             gpt.output_layer.weight = None
         pack_linears(gpt)
+        self._frequencies = [each.to(plain.device) for each in _frequencies(model)]
 
     def book_traffic(self, ledger: Ledger) -> None:
         """From now on `ledger` counts what the tp axis sends: Megatron's own all-reduces, and the logits."""
@@ -68,15 +69,11 @@ class GptForward:
         return self.model.num_layers
 
     def angles(self, positions: Tensor) -> Tensor:
-        """[s] places in the whole sequence -> what `layer` takes as angles, once for all layers."""
-        model = self.model
-        if model.learned_positions:
-            return torch.empty(len(positions), 0)
-        angles = rotary_angles(positions, model.head_dim, model.rotary_base, model.rope_scaling)
-        if model.window_rotary_base is None:
-            return angles
-        # Beside them those of the windowed layers; `layer` takes its half.
-        return torch.cat((angles, rotary_angles(positions, model.head_dim, model.window_rotary_base)), dim=-1)
+        """[s] places in the whole sequence -> angles of all layers; `angles_of` gives those of one."""
+        if self.model.learned_positions:
+            return torch.empty(len(positions), 0, device=positions.device)
+        # Beside them, where they differ, those of the windowed layers.
+        return torch.cat([turned_by(positions, each) for each in self._frequencies], dim=-1)
 
     @torch.inference_mode()
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
@@ -88,17 +85,25 @@ class GptForward:
             hidden = hidden + self.gpt.embedding.position_embeddings(positions)[:, None]
         return hidden
 
+    def angles_of(self, index: int, angles: Tensor) -> Tensor | None:
+        """What `layer` takes for layer `index`, of `angles`; None where it turns nothing."""
+        if self.model.learned_positions or index in self.model.no_rope_layers:
+            return None
+        if self.model.window_rotary_base is None:
+            return angles
+        return angles.chunk(2, dim=-1)[index in self.model.window_layers]
+
     @torch.inference_mode()
-    def layer(self, index: int, hidden: Tensor, angles: Tensor) -> Tensor:
-        """[s, b, h] -> [s, b, h] through layer `index`, from 0. Its core attention may talk to others."""
+    def layer(self, index: int, hidden: Tensor, angles: Tensor | None) -> Tensor:
+        """[s, b, h] -> [s, b, h] through layer `index`, from 0. Its core attention may talk to others.
+
+        With angles None, queries and keys come to the core attention as they are.
+        """
         layer = self.gpt.decoder.layers[index]
         if hidden.shape[0] == 0:
             _attend_nothing(layer.self_attention, hidden)
             return hidden
-        is_turned = not self.model.learned_positions and index not in self.model.no_rope_layers
-        if self.model.window_rotary_base is not None:
-            angles = angles.chunk(2, dim=-1)[index in self.model.window_layers]
-        hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=angles if is_turned else None)
+        hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=angles)
         return hidden
 
     @torch.inference_mode()
@@ -108,6 +113,16 @@ class GptForward:
         shard = linear(normed, self._output_weight)  # [s, b, v_padded/T]
         whole = gather_vocab(shard, self._tp)
         return whole[..., : self.model.vocab_size].float()
+
+
+def _frequencies(model: ModelConfig) -> list[Tensor]:
+    """Of all layers alike, or of the full and of the windowed ones."""
+    if model.learned_positions:
+        return []
+    full = inverse_frequencies(model.head_dim, model.rotary_base, model.rope_scaling)
+    if model.window_rotary_base is None:
+        return [full]
+    return [full, inverse_frequencies(model.head_dim, model.window_rotary_base)]
 
 
 def _attend_nothing(attention: SelfAttention, hidden: Tensor) -> None:

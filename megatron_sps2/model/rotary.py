@@ -21,6 +21,11 @@ def rotary_angles(
     Non-interleaved: dims i and i + head_dim/2 turn together, so the angles of the first half are repeated.
     """
     frequencies = inverse_frequencies(head_dim, base, scaling).to(positions.device)
+    return turned_by(positions, frequencies)
+
+
+def turned_by(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """As rotary_angles, from inverse_frequencies that lie on the positions' device: nothing is copied."""
     half = torch.outer(positions.float(), frequencies)  # [s, d/2]
     return torch.cat((half, half), dim=-1)[:, None, None, :]
 

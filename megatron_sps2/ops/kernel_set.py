@@ -1,14 +1,74 @@
-from dataclasses import dataclass
+"""The functions that compute a rank's share of attention, as one set that is chosen once for an engine.
+
+`torch` runs anywhere and is what the others are held against.
+"""
+
+from __future__ import annotations
+
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from megatron_sps2.ops.attend import Attend, attend
 from megatron_sps2.ops.kept import KeySelector, TorchSelector, attend_kept
+from megatron_sps2.ops.merge import merge
+from megatron_sps2.ops.paged import PagedKV, Slots, attend_paged, write_paged
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
+    """Each as the function of the same name, which says what it takes and gives."""
+
     name: str
+    attend: Attend
+    merge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    attend_paged: Callable[..., tuple[Tensor, Tensor]]
+    write_paged: Callable[[PagedKV, Slots, Tensor, Tensor], None]
+    # CSA's: a class, for keys are scored first and chosen once all ranks' scores are known.
     key_selector: type[KeySelector]
     attend_kept: Callable[..., Iterator[None]]
-TORCH = Kernels(name="torch", key_selector=TorchSelector, attend_kept=attend_kept)
-def triton_kernels():
-    from dataclasses import replace
-    from megatron_sps2.ops.kernels.csa_select import TritonSelector
+    # Turns queries and keys by their angles and writes keys and values, in one go: (q `[s, n, d]`, k, v `[s,
+    # n_kv, d]`, angles or None, kv, slots int64 `[s]`, -1 where nothing is kept) -> q, k. None: Megatron's
+    # layers turn them.
+    append_roped: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+
+TORCH = Kernels(
+    name="torch",
+    attend=attend,
+    merge=merge,
+    attend_paged=attend_paged,
+    write_paged=write_paged,
+    key_selector=TorchSelector,
+    attend_kept=attend_kept,
+)
+
+
+def choose_kernels(wanted: str, device: torch.device) -> Kernels:
+    """The set that 'auto', 'torch' or 'triton' means on `device`.
+
+    Raises ValueError for triton where it is not installed, or has no device to run on.
+    """
+    installed, interpreted = find_spec("triton") is not None, os.environ.get("TRITON_INTERPRET") == "1"
+    if wanted == "torch" or (wanted == "auto" and not (installed and device.type == "cuda")):
+        return TORCH
+    if not installed:
+        raise ValueError("kernels='triton' but triton is not installed; pip install triton, or use 'torch'")
+    if device.type != "cuda" and not interpreted:
+        raise ValueError(
+            f"kernels='triton' but the device is {device.type}; use 'torch', or set TRITON_INTERPRET=1, "
+            "which is slow"
+        )
+    return triton_kernels()
+
+
+def triton_kernels() -> Kernels:
+    """Loaded with its first use: triton need not be installed."""
     from megatron_sps2.ops.kernels.csa_attend import attend_kept
+    from megatron_sps2.ops.kernels.csa_select import TritonSelector
+
     return replace(TORCH, name="triton", key_selector=TritonSelector, attend_kept=attend_kept)
