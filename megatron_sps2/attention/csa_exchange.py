@@ -135,6 +135,6 @@ def _union(bits: Tensor, slots: Tensor, bounds: list[int], me: int) -> Tensor:
 
 def _places(union: Tensor, counts: list[int], bounds: list[int]) -> Places:
     """counts by slot; a rank's slots end where the next one's begin."""
-    found = torch.nonzero_static(union, size=sum(counts))
+    slot, head, offset = torch.nonzero_static(union, size=sum(counts)).unbind(1)
     by_rank = [sum(counts[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False)]
-    return Places(*found.unbind(1), counts=by_rank)
+    return Places(slot, head, offset, by_rank)

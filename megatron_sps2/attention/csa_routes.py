@@ -72,7 +72,8 @@ class CsaRoutes:
     @cached_property
     def num_laid_out(self) -> int:
         """Keys by position up to the last that a query here sees."""
-        return max((r.key_row + r.num_rows for r in self.attending.readers if r.key_row is not None), default=0)
+        size = self.plan.setting.segment_size
+        return max((r.number * size + r.num_rows for r in self.attending.readers), default=0)
 
     @cached_property
     def probes_from(self) -> list[slice]:
@@ -122,7 +123,7 @@ class CsaRoutes:
 
     @cached_property
     def arriving_tasks(self) -> list[Tensor]:
-        """By rank, int64: among `attending` those tasks whose keys lie there, in the order that it has them."""
+        """By rank, int64: among `attending` the tasks whose keys lie there, in the order that it has them."""
         plan, attending = self.plan, self.attending
         return [
             self._indices(

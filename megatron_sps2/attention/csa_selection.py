@@ -69,9 +69,7 @@ class Selection:
         totals = sparsity.total_log_sum(parts)
         weight = self._routes.scoring.tensors(totals.device).probe_weight
         shares = (torch.exp2(sums.own - totals).mean(2) * weight).sum(1)
-        self._run.tally.mass(
-            self._chunk.layer, self._chunk.heads, shares, reads=self._routes.scoring.num_own
-        )
+        self._run.tally.mass(self._chunk.layer, self._chunk.heads, shares, reads=self._routes.scoring.num_own)
         return totals
 
     def _select(self, totals: Tensor | None) -> None:

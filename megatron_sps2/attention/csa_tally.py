@@ -21,12 +21,10 @@ _NUM_SINGLES = 2 + len(CSA_SPANS)
 
 
 class CsaTally:
-    """Counts of one rank by layer and KV head of its tp rank; they stay on `device` until they are encoded."""
+    """Counts of one rank by layer and KV head of its tp rank; they stay on `device` until encoded."""
 
-    def __init__(
-        self, num_layers: int, num_kv_heads: int, device: torch.device = torch.device("cpu")
-    ) -> None:
-        self.num_layers, self.num_kv_heads, self.device = num_layers, num_kv_heads, device
+    def __init__(self, num_layers: int, num_kv_heads: int, device: torch.device | str = "cpu") -> None:
+        self.num_layers, self.num_kv_heads, self.device = num_layers, num_kv_heads, torch.device(device)
         self._counts = torch.zeros(num_layers, num_kv_heads, 4, dtype=torch.float64, device=device)
         self.bytes_sent = 0
         self.keys_sent = 0
@@ -38,7 +36,7 @@ class CsaTally:
         self._counts[layer, kv_heads.start : kv_heads.stop, _FAR] += far
 
     def mass(self, layer: int, kv_heads: range, shares: Tensor, *, reads: int) -> None:
-        """Parts [n_kv] of the probes' attention that readers keep; `reads` of them on their own rank, once."""
+        """Parts [n_kv] of the probes' attention that readers keep; `reads` counts a reader once, at home."""
         self._counts[layer, kv_heads.start : kv_heads.stop, _MASS] += shares
         self._counts[layer, kv_heads.start : kv_heads.stop, _READS] += reads
 

@@ -99,10 +99,7 @@ class TorchSelector:
         assert reader.key_row is not None, "whoever asks has seen to it"
         own = keys[:, reader.key_row : reader.key_row + reader.num_rows]
         return torch.stack(
-            [
-                sparsity.own_log_sum(p, reader.probes, k, self._scale)
-                for p, k in zip(probes, own, strict=True)
-            ]
+            [sparsity.own_log_sum(p, reader.probes, k, self._scale) for p, k in zip(probes, own, strict=True)]
         )
 
     def select(self, totals: Tensor | None, rule: KeepRule) -> Kept:
@@ -113,7 +110,7 @@ class TorchSelector:
         for i, reader in enumerate(reads.readers):
             if not reader.num_past:
                 continue
-            positions = _positions(reads, reader, self._k.device)
+            positions = positions_of(reads, reader, self._k.device)
             first = reader.number * reads.segment_size
             always = sparsity.always_kept(positions, first, rule.num_sinks, rule.window)
             for head in range(n_kv):
@@ -129,7 +126,7 @@ class TorchSelector:
         return Kept(bits, counts, masses)
 
 
-def _positions(reads: Reads, reader: Reader, device: torch.device) -> Tensor:
+def positions_of(reads: Reads, reader: Reader, device: torch.device) -> Tensor:
     """Of the keys of its earlier segments here: `[m, G]`."""
     past = torch.tensor(reads.held[: reader.num_past], device=device)
     return past[:, None] * reads.segment_size + torch.arange(reads.segment_size, device=device)
@@ -165,9 +162,9 @@ def attend_kept(
 ) -> Iterator[None]:
     """Fills out `[s, n, d]` with what the readers' queries see: their own segment, causally, and kept keys.
 
-    q `[s, n, d]`; k, v `[n_kv, s, d]`: earlier segments, own keys among them. Pauses, so that other work can be
-    done meanwhile, about `num_pauses` times or oftener (here after each reader). Seconds are booked as "local"
-    and "far" where the two can be told apart.
+    q `[s, n, d]`; k, v `[n_kv, s, d]`: earlier segments, own keys among them. Pauses about `num_pauses` times
+    or oftener (here after each reader), so that other work can be done meanwhile. Seconds are booked as
+    "local" and "far" where the two can be told apart.
     """
     for i, reader in enumerate(reads.readers):
         assert reader.query_row is not None and reader.key_row is not None, "readers that are here"
@@ -194,7 +191,7 @@ def _attend_own(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, 
 def _add_far(
     q: Tensor, k: Tensor, v: Tensor, kept: Tensor, own: Tensor, own_lse: Tensor, out: Tensor, scale: float
 ) -> None:
-    """Own (out, lse) merged with attention to the kept keys, all of them in the past, into `out` [s, n, d]."""
+    """Own (out, lse) merged with attention to the kept keys, all in the past, into `out` [s, n, d]."""
     group = q.shape[1] // len(k)
     for head, mask in enumerate(kept):
         heads, at = slice(head * group, (head + 1) * group), mask.nonzero().squeeze(1)

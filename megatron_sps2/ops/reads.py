@@ -37,7 +37,7 @@ class Reader:
 class ReadTensors:
     """`Reads` on a device; int32 unless said otherwise. Own rows are -1 where they are not in there."""
 
-    # By task [tasks]: its reader (counted here), its segment's first row in k, that row's position, its level.
+    # By task: its reader (counted here), its segment's first row in k, that row's position, its level.
     task_reader: Tensor
     task_row: Tensor
     task_position: Tensor

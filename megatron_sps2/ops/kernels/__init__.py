@@ -1,1 +1,1 @@
-"""Triton kernels, each beside a reference of the same signature in ops. Only modules in here import triton."""
+"""Kernels for GPUs, each with a reference of its signature in ops. Modules in here alone import triton."""

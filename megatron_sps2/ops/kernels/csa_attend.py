@@ -1,7 +1,7 @@
 """CSA's attention: all segments and heads in one launch, kept keys gathered from where they lie.
 
-A tile of queries goes through its reader's kept keys and then through its own segment, with one running softmax:
-no partial result is stored, none merged.
+A tile of queries goes through its reader's kept keys and then through its own segment, with one running
+softmax: no partial result is stored, none merged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_sps2.ops.kept import Timed
 from megatron_sps2.ops.kernels.csa_list import list_kept
-from megatron_sps2.ops.kernels.csa_tiles import MAX_ROWS, attend_constants
+from megatron_sps2.ops.kernels.csa_tiles import attend_constants
 from megatron_sps2.ops.reads import Reads
 from megatron_sps2.ops.tile import LN2
 
@@ -24,50 +24,54 @@ MAX_LISTED = 2**26
 
 
 @triton.jit
+def row_of(index, kept, num_kept, own, last):
+    """Rows of k and v int64: kept keys come first, the own segment's follow. Beyond these, some row of it."""
+    listed = tl.load(kept + index, mask=index < num_kept, other=0)
+    return tl.where(index < num_kept, listed, tl.minimum(own + index - num_kept, last)).to(tl.int64)
+
+
+@triton.jit
 def add_tile(
-    q, keys, values, row, seen, stride_k, stride_v, scale_log2, acc, top, total,
+    queries, keys, values, row, seen, stride_k, stride_v, scale_log2, acc, top, total,
     MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The softmax's state after the keys in `row` `[KEYS]`, of which MASKED says that only `seen` count.
+    """The softmax's state (acc, top, total) after the keys in `row` `[KEYS]`; where MASKED, those `seen`.
 
-    `seen` `[ROWS or 1, KEYS]`. What no row sees is not read: it may hold anything.
+    `seen` `[ROWS, KEYS]`. Each row sees the very first key, so that the top is a number from there on.
     """
     dim = tl.arange(0, BLOCK_D)
-    row = row.to(tl.int64)
-    k_at, v_at = keys + row[None, :] * stride_k + dim[:, None], values + row[:, None] * stride_v + dim[None, :]
-    if MASKED:
-        some = tl.max(seen.to(tl.int32), 0) > 0
-        k = tl.load(k_at, mask=some[None, :] & (dim < D)[:, None], other=0.0)
-        v = tl.load(v_at, mask=some[:, None] & (dim < D)[None, :], other=0.0)
-    elif D == BLOCK_D:
+    k_at = keys + row[None, :] * stride_k + dim[:, None]
+    v_at = values + row[:, None] * stride_v + dim[None, :]
+    if D == BLOCK_D:
         k, v = tl.load(k_at), tl.load(v_at)
     else:
         k = tl.load(k_at, mask=(dim < D)[:, None], other=0.0)
         v = tl.load(v_at, mask=(dim < D)[None, :], other=0.0)
     if UPCAST:
         k, v = k.to(tl.float32), v.to(tl.float32)
-    scores = tl.dot(q, k, input_precision=PRECISION)
+    scores = tl.dot(queries, k, input_precision=PRECISION)
     if MASKED:
         scores = tl.where(seen, scores, -float("inf"))
     higher = tl.maximum(top, tl.max(scores, 1) * scale_log2)
-    # A row that has seen no key yet: -inf - -inf would be NaN, and exp2(-inf - 0) is the 0 that is meant.
-    shift = tl.where(higher == -float("inf"), 0.0, higher) if MASKED else higher
-    weights = tl.exp2(scores * scale_log2 - shift[:, None])
-    past = tl.exp2(top - shift)
+    weights = tl.exp2(scores * scale_log2 - higher[:, None])
+    past = tl.exp2(top - higher)
     acc = tl.dot(weights.to(v.dtype), v, acc * past[:, None], input_precision=PRECISION)
     return acc, higher, total * past + tl.sum(weights, 1)
 
 
 @triton.jit
 def attend_kernel(
-    q, k, v, out, rows, first, num_rows, query_row, key_row, first_task, first_reader, first_listed, num_listed,
+    q, k, v, out, rows, first, num_rows, query_row, key_row, first_task,
+    first_reader, first_listed, num_listed,
     stride_qs, stride_qn, stride_kh, stride_ks, stride_vh, stride_vs, stride_os, stride_on, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q, out `[s, n, d]`, k, v `[n_kv, s, d]`. A program's rows are one query of one head each: the GROUP heads
-    that share a KV head lie side by side."""
+    """q, out `[s, n, d]`, k, v `[n_kv, s, d]`; rows and first as KeptRows has them.
+
+    A program's rows are one query of one head each: the GROUP heads that share a KV head lie side by side.
+    """
     # Readers with the longest past come first: the last programs to start are the short ones.
     reader = first_reader + tl.num_programs(2) - 1 - tl.program_id(2)
     head = tl.program_id(1).to(tl.int64)
@@ -91,35 +95,31 @@ def attend_kernel(
     total = tl.zeros([ROWS], tl.float32)
     key = tl.arange(0, KEYS)
 
-    # Kept keys are all in the past of every row; only the last tile of them is not full.
+    # A row sees its reader's kept keys and, following on, the own segment's keys up to itself.
     listed = first + head * num_listed - first_listed
     begin = tl.load(listed + tl.load(first_task + reader))
     num_kept = (tl.load(listed + tl.load(first_task + reader + 1)) - begin).to(tl.int32)
     kept = rows + begin
-    num_full = num_kept // KEYS * KEYS
-    for low in range(0, num_full, KEYS):
-        acc, top, total = add_tile(
-            queries, keys, values, tl.load(kept + low + key), None, stride_ks, stride_vs, scale_log2,
-            acc, top, total, False, D, BLOCK_D, UPCAST, PRECISION,
-        )  # fmt: skip
-    if num_full < num_kept:
-        seen = num_full + key < num_kept
-        acc, top, total = add_tile(
-            queries, keys, values, tl.load(kept + num_full + key, mask=seen, other=0), seen[None, :],
-            stride_ks, stride_vs, scale_log2, acc, top, total, True, D, BLOCK_D, UPCAST, PRECISION,
-        )  # fmt: skip
-
-    # The own segment, up to the last query of the tile.
     own = tl.load(key_row + reader)
-    stop = tl.minimum(count, (tl.program_id(0) * ROWS + ROWS - 1) // GROUP + 1)
-    for low in range(0, stop, KEYS):
-        seen = (low + key)[None, :] <= tl.minimum(query, count - 1)[:, None]
+    last = own + count - 1
+    visible = num_kept + tl.minimum(query, count - 1) + 1
+    clear = num_kept // KEYS * KEYS  # keys of whole tiles that all rows see
+    stop = num_kept + tl.minimum(count, (tl.program_id(0) * ROWS + ROWS - 1) // GROUP + 1)
+    for low in range(0, clear, KEYS):
+        place = tl.load(kept + low + key).to(tl.int64)
         acc, top, total = add_tile(
-            queries, keys, values, own + low + key, seen, stride_ks, stride_vs, scale_log2,
-            acc, top, total, True, D, BLOCK_D, UPCAST, PRECISION,
+            queries, keys, values, place, None, stride_ks, stride_vs, scale_log2, acc, top, total,
+            False, D, BLOCK_D, UPCAST, PRECISION,
         )  # fmt: skip
-    place = out + (line * stride_os + q_head * stride_on)[:, None] + dim[None, :]
-    tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    for low in range(clear, stop, KEYS):
+        place = row_of(low + key, kept, num_kept, own, last)
+        seen = (low + key)[None, :] < visible[:, None]
+        acc, top, total = add_tile(
+            queries, keys, values, place, seen, stride_ks, stride_vs, scale_log2, acc, top, total,
+            True, D, BLOCK_D, UPCAST, PRECISION,
+        )  # fmt: skip
+    to = out + (line * stride_os + q_head * stride_on)[:, None] + dim[None, :]
+    tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 def attend_kept(

@@ -1,6 +1,6 @@
-"""Kept keys as lists of rows: bits are counted, counts added up on the device, rows written one after another.
+"""Kept keys as lists of rows: bits are counted, counts added up on the device, rows written in order.
 
-The list is as long as it could ever be: how long it is nobody on the host needs to know.
+The list has room for all keys: how many there are nobody on the host needs to know.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_sps2.ops.reads import Reads
 
 @dataclass(frozen=True, slots=True)
 class KeptRows:
-    """rows int32: of k and v, rising within a task. first int64 `[n_kv * tasks + 1]`: where a task's rows begin."""
+    """rows int32: of k and v, rising in a task. first int64 `[n_kv * tasks + 1]`: where a task begins."""
 
     rows: Tensor
     first: Tensor
@@ -42,6 +42,7 @@ def count_kernel(bits, counts, stride_h, stride_t, segment_size, SIZE: tl.conste
 
 @triton.jit
 def list_kernel(bits, first, task_row, rows, stride_h, stride_t, segment_size, SIZE: tl.constexpr):
+    """Writes the rows of one task and head where they belong."""
     kept = _kept(bits, stride_h, stride_t, segment_size, SIZE)
     place = tl.load(first + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) + tl.cumsum(kept, 0) - 1
     row = tl.load(task_row + tl.program_id(0)) + tl.arange(0, SIZE)

@@ -1,7 +1,8 @@
 """How CSA's probes see keys: log2 sums for all readers and heads at once. Stores no weight of any key.
 
-One program for a task (an earlier segment and its reader), a KV head and a block of probes; then one for a reader
-adds its segments up in fp64, each segment's sum by itself, so that rounding hardly tells who holds which.
+One program for a task (an earlier segment and its reader), a KV head and a block of probes; then one for a
+reader adds its segments up in fp64. Each segment's sum is by itself, so that rounding hardly tells which rank
+holds which.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def load_probes(
     probes, first_probe, reader, head, block, stride_p, stride_n,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PROBES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A block of a reader's rows for one KV head, `[PROBES, BLOCK_D]`: row r is probe r // GROUP, head r % GROUP."""
+    """Some rows of a reader and KV head, `[PROBES, BLOCK_D]`: row r is probe r // GROUP, head r % GROUP."""
     first = tl.load(first_probe + reader)
     count = (tl.load(first_probe + reader + 1) - first) * GROUP
     row = block * PROBES + tl.arange(0, PROBES)
@@ -46,8 +47,10 @@ def score_kernel(
     OWN: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PROBES: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """tops, sums fp32 `[n_kv, tasks, padded]`: base 2, of one segment's keys. OWN: tasks are the readers, whose
-    probes see their segment up to themselves."""
+    """tops, sums fp32 `[n_kv, tasks, padded]`: base 2, of one segment's keys.
+
+    OWN: tasks are the readers, whose probes see their segment up to themselves.
+    """
     task, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = tl.load(key_row + task)
     if OWN:
@@ -89,7 +92,7 @@ def add_up_kernel(
     tops, sums, own_tops, own_sums, here, own, first_probe, first_task, key_row,
     num_tasks, num_probes, padded, GROUP: tl.constexpr, PROBES: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """here, own fp64 `[n_kv, probes, g]`: log2 sums of what a reader's probes see here, and in its segment."""
+    """here, own fp64 `[n_kv, probes, g]`: log2 sums of what probes see here, and in their own segment."""
     reader, head, block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     row = block * PROBES + tl.arange(0, PROBES)
     first, stop = tl.load(first_task + reader), tl.load(first_task + reader + 1)

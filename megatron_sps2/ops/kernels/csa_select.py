@@ -1,7 +1,7 @@
-"""Which keys CSA's readers keep: each key's share of the probes' attention, then a threshold for each segment.
+"""Which keys CSA's readers keep: each key's share of the probes' attention, then a threshold for a segment.
 
-The threshold is found by halving the range of the floats' bit patterns, which for shares are in the floats' order:
-nothing is sorted. Shares lie in memory for a slice of the readers at a time.
+The threshold is found by halving the range of the floats' bit patterns, which for shares are in the floats'
+order: nothing is sorted. Shares lie in memory for some neighbouring readers at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def mass_kernel(
     NUM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PROBES: tl.constexpr, KEYS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """mass fp32 `[n_kv, tasks, G]` for tasks from `first_task` on: the mean over probes of 2^(score - total)."""
+    """mass fp32 `[n_kv, tasks, G]`, tasks from `first_task` on: the mean over probes of 2^(score - total)."""
     task, head = first_task + tl.program_id(0), tl.program_id(1)
     reader = tl.load(task_reader + task)
     begin = tl.load(first_probe + reader)
@@ -73,7 +73,9 @@ def choose_kernel(
     first_task, num_tasks, segment_size, num_sinks, window, first_head,
     KIND: tl.constexpr, HAS_MASS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """mass `[n_kv, tasks of this call, G]`; limits fp64, bits, counts int32 and kept_mass fp64 `[n_kv, num_tasks]`."""
+    """mass `[n_kv, tasks of this call, G]`, and of all tasks: limits and kept_mass fp64, counts int32 `[n_kv,
+    num_tasks]`, bits uint8 `[n_kv, num_tasks, G / 8]`.
+    """
     task, head = first_task + tl.program_id(0), tl.program_id(1)
     at = head.to(tl.int64) * num_tasks + task
     offset = tl.arange(0, SIZE)
@@ -102,7 +104,7 @@ def choose_kernel(
 
 @triton.jit
 def _worth_it(share, inside, limit, KIND: tl.constexpr):
-    """Shares from the least v on, such that what is not above v weighs more than `limit`; none where all is less.
+    """Shares from the least v on such that what is not above v weighs more than `limit`; none without such v.
 
     A share weighs itself (KIND 2, a floor) or 1 (KIND 3, a count). No share of 0 is worth it, but where
     nothing may be left out (a limit not above 0) all are.
@@ -139,7 +141,7 @@ class TritonSelector:
         bits = torch.empty(*shape, reads.segment_size // 8, dtype=torch.uint8, device=device)
         counts = torch.empty(shape, dtype=torch.int32, device=device)
         masses = torch.empty(shape, dtype=torch.float64, device=device)
-        limits = _limits(rule, reads, device)
+        limits = limits_of(rule, reads, device)
         for readers in reads.slices(MAX_SHARES // (reads.segment_size * len(self._k))):
             tasks = range(reads.first_task[readers.start], reads.first_task[readers.stop])
             if len(tasks):
@@ -186,7 +188,7 @@ def choose(
     )
 
 
-def _limits(rule: KeepRule, reads: Reads, device: torch.device) -> Tensor:
+def limits_of(rule: KeepRule, reads: Reads, device: torch.device) -> Tensor:
     """fp64 `[n_kv, tasks]`: strides, or what may be left out of a task's segment."""
     tables, budgets = reads.tensors(device), rule.budgets
     alike = budgets.shape[1] == 1

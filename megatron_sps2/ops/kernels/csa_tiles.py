@@ -14,8 +14,6 @@ from megatron_sps2.ops.reads import Reads
 # Rows of a wgmma, and what four warps hold of scores without spilling.
 MAX_PROBES = 64
 MAX_KEYS = 128
-# Rows of attention: two warpgroups of 64.
-MAX_ROWS = 128
 
 
 def power_of_two(x: int, least: int = 16) -> int:
@@ -35,7 +33,7 @@ def dot_constants(x: Tensor) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class ProbeTiles:
-    """Probes times query heads of a KV head stand in blocks of `probes` rows, `padded` for the longest reader."""
+    """A reader's probes times query heads of a KV head stand in blocks of `probes` rows."""
 
     probes: int
     num_blocks: int
@@ -51,6 +49,7 @@ class ProbeTiles:
 
     @property
     def padded(self) -> int:
+        """Rows of the longest reader."""
         return self.probes * self.num_blocks
 
     @property
@@ -59,10 +58,15 @@ class ProbeTiles:
 
 
 def attend_constants(q: Tensor, num_rows: int) -> dict[str, Any]:
-    """For tiles of `num_rows` rows (queries times heads of a KV head) at most: two warpgroups and deep pipelines
-    for halves; fp32 has no wgmma and fills the registers sooner."""
+    """For tiles of `num_rows` rows (queries times heads of a KV head) at most, and how they are run.
+
+    Keys lie where a list says that must have come before them: five stages have keys and values on their way
+    two tiles ahead.
+    """
     dot = dot_constants(q)
-    halves = q.dtype != torch.float32
-    rows = min(MAX_ROWS if halves else MAX_ROWS // 2, power_of_two(num_rows))
-    keys = 64 if halves and dot["BLOCK_D"] <= 128 else 32
-    return {**dot, "ROWS": rows, "KEYS": keys, "num_warps": 8 if rows == MAX_ROWS else 4, "num_stages": 3}
+    if q.dtype == torch.float32:  # Exact fp32 dots run without tensor cores: slow whatever the tile.
+        return {**dot, "ROWS": min(32, power_of_two(num_rows)), "KEYS": 16, "num_warps": 8, "num_stages": 2}
+    if num_rows <= 64 or dot["BLOCK_D"] > 128:
+        rows, keys = min(64, power_of_two(num_rows)), 64 if dot["BLOCK_D"] <= 128 else 32
+        return {**dot, "ROWS": rows, "KEYS": keys, "num_warps": 4, "num_stages": 5}
+    return {**dot, "ROWS": 128, "KEYS": 64, "num_warps": 8, "num_stages": 5}
