@@ -51,12 +51,12 @@ class Shape:
 
 # Ragged last segments, tails within one segment and over some, segments of no power of two, one reader.
 SHAPES = [
-    Shape(131),
-    Shape(131, tail=41, n_kv=1, group=4),
-    Shape(100, segment_size=24, d=24),
-    Shape(96, tail=0, n_kv=3, group=1, num_probes=1),
+    Shape(75),
+    Shape(75, tail=41, n_kv=1, group=4),
+    Shape(76, segment_size=24, d=24),
+    Shape(64, tail=0, n_kv=3, group=1, num_probes=1),
     Shape(40, segment_size=32, d=16, tail=3),
-    Shape(210, segment_size=40, num_probes=40, group=2, tail=1),  # probes of more than one block
+    Shape(90, segment_size=40, num_probes=40, n_kv=1, group=2, tail=1),  # probes of more than one block
 ]
 
 

@@ -21,6 +21,8 @@ from tests.csa_shapes import CPU, SHAPES, Shape, rule  # noqa: E402
 
 pytestmark = pytest.mark.triton
 KINDS: list[RuleKind] = ["none", "strided", "floor", "best"]
+# Sinks and windows, by shape: none, less than a segment, and more than one.
+ALWAYS = [(0, 0), (2, 5), (0, 0), (3, 20), (2, 5), (0, 50)]
 SCALE = 0.4
 # fp32 sums of some tens in another order.
 TOLERANCE = 1e-5
@@ -48,20 +50,19 @@ def drawn_mass(shape: Shape, reads: Reads, *, ties: bool) -> Tensor:
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_keys_are_kept_to_the_bit(kind: RuleKind, ties: bool) -> None:
-    for shape in SHAPES[:4]:
+    for shape, (num_sinks, window) in zip(SHAPES, ALWAYS, strict=True):
         reads = shape.routes.scoring
         mass = drawn_mass(shape, reads, ties=ties)
-        for num_sinks, window in ((0, 0), (2, 5), (3, 50)):
-            keep = rule(kind, reads, shape.n_kv, num_sinks=num_sinks, window=window)
-            want, want_mass = by_reference(mass, keep, reads)
-            bits = torch.full((*mass.shape[:2], reads.segment_size // 8), 0xA5, dtype=torch.uint8)
-            counts = torch.full(mass.shape[:2], -1, dtype=torch.int32)
-            kept_mass = torch.full(mass.shape[:2], torch.nan, dtype=torch.float64)
-            tasks = range(reads.num_tasks)
-            choose(mass, limits_of(keep, reads, CPU), keep, reads, tasks, (bits, counts, kept_mass))
-            assert torch.equal(sparsity.unpack_bits(bits), want), (shape, num_sinks, window)
-            assert torch.equal(counts.long(), want.sum(2))
-            torch.testing.assert_close(kept_mass, want_mass, atol=1e-12, rtol=0)
+        keep = rule(kind, reads, shape.n_kv, num_sinks=num_sinks, window=window)
+        want, want_mass = by_reference(mass, keep, reads)
+        bits = torch.full((*mass.shape[:2], reads.segment_size // 8), 0xA5, dtype=torch.uint8)
+        counts = torch.full(mass.shape[:2], -1, dtype=torch.int32)
+        kept_mass = torch.full(mass.shape[:2], torch.nan, dtype=torch.float64)
+        tasks = range(reads.num_tasks)
+        choose(mass, limits_of(keep, reads, CPU), keep, reads, tasks, (bits, counts, kept_mass))
+        assert torch.equal(sparsity.unpack_bits(bits), want), (shape, num_sinks, window)
+        assert torch.equal(counts.long(), want.sum(2))
+        torch.testing.assert_close(kept_mass, want_mass, atol=1e-12, rtol=0)
 
 
 def test_control_rules_keep_some_and_leave_some_and_differ() -> None:
@@ -98,11 +99,11 @@ def test_readers_of_other_ranks_have_no_own_sum() -> None:
     torch.testing.assert_close(found.own, want.own, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["none", "floor"])
 def test_a_selection_from_probes_to_bits_is_the_references(
     kind: RuleKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(csa_select, "MAX_SHARES", 300)  # some readers at a time
+    monkeypatch.setattr(csa_select, "MAX_SHARES", 150)  # some readers at a time
     for shape in SHAPES:
         q, k, _ = shape.drawn()
         routes, keep = shape.routes, rule(kind, shape.routes.scoring, shape.n_kv)
@@ -170,15 +171,15 @@ def test_attention_to_kept_keys_is_the_references(density: float, dtype: torch.d
         (want, _), (found, _) = (attended(f, shape, density) for f in (attend_kept, csa_attend.attend_kept))
         rows = sum(reader.num_rows for reader in shape.routes.attending.readers)
         assert int(want.isfinite().all(2).all(1).sum()) == rows
-        # bf16 outputs of up to 4 are rounded by 2^-7, weights once more within the sums.
-        atol = TOLERANCE if dtype == torch.float32 else 3e-2
-        torch.testing.assert_close(found, want, atol=atol, rtol=0, equal_nan=True)
+        # bf16 outputs are rounded by 2^-8 of them, twice, and weights once more within the sums.
+        near = {"atol": TOLERANCE, "rtol": 0.0} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 2**-7}
+        torch.testing.assert_close(found, want, **near, equal_nan=True)
 
 
 def test_slices_of_readers_give_the_same_and_pause_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, once = attended(csa_attend.attend_kept, SHAPES[0], 0.3)
     parted, often = attended(csa_attend.attend_kept, SHAPES[0], 0.3, num_pauses=4)
-    assert (once, often) == (1, 5) and torch.equal(parted.nan_to_num(), whole.nan_to_num())
+    assert (once, often) == (1, 3) and torch.equal(parted.nan_to_num(), whole.nan_to_num())
     monkeypatch.setattr(csa_attend, "MAX_LISTED", 1)  # room for no reader: one at a time
     single, oftenest = attended(csa_attend.attend_kept, SHAPES[0], 0.3)
     assert oftenest == len(SHAPES[0].routes.attending.readers)
