@@ -1,4 +1,4 @@
-"""A whole layer of CSA with the Triton set: what the torch set gives, and no wait for the host at one rank."""
+"""A whole layer of CSA with the Triton set: what the torch set gives, and no wait for the host on its own."""
 
 from __future__ import annotations
 
