@@ -26,7 +26,7 @@ from benchmarks.accuracy_compare import Comparison, Row, cut_windows, make_tasks
 from benchmarks.accuracy_plot import draw, table
 from benchmarks.accuracy_run import lone_trial
 from benchmarks.accuracy_settings import parse_settings
-from megatron_sps2.config import DTYPES
+from megatron_sps2.config import DTYPES, KV_CACHE_DTYPES
 from megatron_sps2.csa_setting import CsaSetting
 from megatron_sps2.engine.tokenizer import load_tokenizer
 from megatron_sps2.engine.trial import Trial
@@ -34,6 +34,7 @@ from megatron_sps2.engine.trial_prefill import Prefill, make_prefill
 from megatron_sps2.model.manifest import read_manifest
 
 Settings = dict[str, CsaSetting | None]
+FACTS = ("tokens", "continuation", "sp", "samples", "dtype", "kv_cache_dtype")  # of every row
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,7 +55,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         raise ValueError(
             f"--continuation {args.continuation} must be above 0 and below --tokens {args.tokens}"
         )
-    for name, least in (("samples", 1), ("sp", 1), ("needles", 0), ("ruler", 0)):
+    for name, least in (("samples", 1), ("sp", 1), ("needles", 0), ("ruler", 0), ("answer", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
     settings, manifest = parse_settings(args.settings), read_manifest(args.checkpoint)
@@ -69,7 +70,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
 def run(args: argparse.Namespace, settings: Settings) -> list[Row]:
     """A row for each setting; --json holds what is done so far after each."""
     dtype, rows = getattr(torch, args.dtype), list[Row]()
-    about = {name: getattr(args, name) for name in ("tokens", "continuation", "sp", "samples", "dtype")}
+    about = {name: getattr(args, name) for name in FACTS}
     about["model"] = Path(args.checkpoint).name
     with lone_trial(args.checkpoint, dtype) as trial:
         comparison = prepare(args, trial)
@@ -98,7 +99,15 @@ def prepare(args: argparse.Namespace, trial: Trial) -> Comparison:
     longest = max((len(task.prompt_ids) + task.max_tokens for task in tasks), default=0)
     if longest > trial.model.max_seq_len:
         raise ValueError(f"a task of {longest} tokens is beyond the model's {trial.model.max_seq_len}")
-    return Comparison(trial=trial, tokenizer=tokenizer, num_prompt=num_prompt, windows=windows, tasks=tasks)
+    return Comparison(
+        trial=trial,
+        tokenizer=tokenizer,
+        num_prompt=num_prompt,
+        windows=windows,
+        tasks=tasks,
+        kv_cache_dtype=args.kv_cache_dtype,
+        answer_tokens=args.answer,
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -119,7 +128,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--needles", type=int, default=24, help="pass-key prompts, as long as a window's prompt")
     add("--ruler", type=int, nargs="?", const=4, default=0, help="prompts of each RULER-style task (4)")
+    add("--answer", type=int, default=0, help="tokens of a greedy answer to each window's prompt")
     add("--dtype", default="float32", choices=DTYPES)
+    add(
+        "--kv-cache-dtype",
+        default="auto",
+        choices=KV_CACHE_DTYPES,
+        help="fp8: every setting attends to keys and values rounded as the cache keeps them",
+    )
     add(
         "--cache",
         type=Path,

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile, zip_longest
 from statistics import mean
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.accuracy_run import continuation_logits, greedy
 from benchmarks.tasks import TASKS, Task, pass_key, score
+from megatron_sps2.config import KVCacheDType
 from megatron_sps2.engine.tokenizer import Tokenizer
 from megatron_sps2.engine.trial import Trial
 from megatron_sps2.engine.trial_prefill import Cost, ExactPrefill, Prefill
@@ -53,6 +55,8 @@ class Comparison:
     num_prompt: int
     windows: list[Window]
     tasks: list[Task]
+    kv_cache_dtype: KVCacheDType = "auto"  # of what is measured; what it is held against is as the model is
+    answer_tokens: int = 0  # of a greedy answer to each window's prompt, beside exact attention's
     # Exact logits of each window's continuation, [continuation, v].
     references: list[Tensor] = field(init=False, default_factory=list)
     start: float = field(init=False, default_factory=time.perf_counter)
@@ -72,6 +76,8 @@ class Comparison:
         row = {"setting": name, **summarise(followed)}
         kinds = dict.fromkeys(window.text for window in self.windows)
         row["texts"] = {kind: summarise([one for one in followed if one.text == kind]) for kind in kinds}
+        if self.answer_tokens:
+            row["equal_answer"] = mean(self._agreeing(window, make) for window in self.windows)
         return row | self._answer_tasks(name, make)
 
     def say(self, what: str, index: int, count: int) -> None:
@@ -80,8 +86,10 @@ class Comparison:
 
     def _follow(self, window: Window, reference: Tensor, prefill: Prefill) -> Followed:
         logits = reference
-        if not isinstance(prefill, ExactPrefill):
-            logits = continuation_logits(self.trial, window.ids, self.num_prompt, prefill)
+        if not isinstance(prefill, ExactPrefill) or self.kv_cache_dtype != "auto":
+            logits = continuation_logits(
+                self.trial, window.ids, self.num_prompt, prefill, self.kv_cache_dtype
+            )
         ours, exact = logits.log_softmax(-1), reference.log_softmax(-1)
         right = torch.tensor(window.ids[self.num_prompt :])
         nll, exact_nll = (F.nll_loss(scores, right, reduction="none") for scores in (ours, exact))
@@ -94,11 +102,20 @@ class Comparison:
             cost=prefill.cost(),
         )
 
+    def _agreeing(self, window: Window, make: MakePrefill) -> float:
+        """Share of a greedy answer to the window's prompt before it differs from exact attention's."""
+        ids, count = window.ids[: self.num_prompt], self.answer_tokens
+        wanted = greedy(self.trial, ids, ExactPrefill(), count)
+        found = greedy(self.trial, ids, make(self.num_prompt), count, self.kv_cache_dtype)
+        pairs = zip_longest(found, wanted)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) / max(1, len(wanted))
+
     def _answer_tasks(self, name: str, make: MakePrefill) -> Row:
         found: dict[str, list[tuple[Task, float]]] = {}
         for i, task in enumerate(self.tasks):
             self.say(f"{name}: task", i, len(self.tasks))
-            ids = greedy(self.trial, task.prompt_ids, make(len(task.prompt_ids)), task.max_tokens)
+            prefill = make(len(task.prompt_ids))
+            ids = greedy(self.trial, task.prompt_ids, prefill, task.max_tokens, self.kv_cache_dtype)
             found.setdefault(task.kind, []).append((task, score(task, self.tokenizer.decode(ids))))
         needles = found.pop(NEEDLE, [])
         row: Row = {

@@ -14,20 +14,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sps2.config import KVCacheDType
 from megatron_sps2.engine.trial import AnswerStep, Trial
 from megatron_sps2.engine.trial_prefill import Prefill
 from megatron_sps2.model.heap import keep_freed_memory
 
 
-def continuation_logits(trial: Trial, ids: list[int], num_prompt: int, prefill: Prefill) -> Tensor:
+def continuation_logits(
+    trial: Trial, ids: list[int], num_prompt: int, prefill: Prefill, kept: KVCacheDType = "auto"
+) -> Tensor:
     """[len(ids) - num_prompt, v]: row i is what stands for ids[num_prompt + i], given all before it."""
-    hidden = trial.hidden(ids[:-1], AnswerStep(num_prompt, prefill))
+    hidden = trial.hidden(ids[:-1], AnswerStep(num_prompt, prefill, kept))
     return trial.logits(hidden[num_prompt - 1 :])
 
 
-def greedy(trial: Trial, prompt_ids: list[int], prefill: Prefill, max_tokens: int) -> list[int]:
+def greedy(
+    trial: Trial, prompt_ids: list[int], prefill: Prefill, max_tokens: int, kept: KVCacheDType = "auto"
+) -> list[int]:
     """The answer's token ids, up to an end token."""
-    step, answer = AnswerStep(len(prompt_ids), prefill), list[int]()
+    step, answer = AnswerStep(len(prompt_ids), prefill, kept), list[int]()
     hidden = trial.hidden(prompt_ids, step)
     while len(answer) < max_tokens:
         token = int(trial.logits(hidden[-1:]).argmax())

@@ -15,6 +15,7 @@ ATTENTION_MODES = ("exact", "csa", "auto")
 POLICY_NAMES = ("sps2", "sarathi", "fcfs")
 PREEMPTION_MODES = ("recompute", "swap")
 DTYPES = ("float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", "fp8")
 CHECKPOINT_FORMATS = ("megatron", "hf", "megatron-legacy")
 ROPE_SCALINGS = ("linear", "llama3", "yarn")
 
@@ -28,6 +29,8 @@ PreemptionMode = Literal["recompute", "swap"]
 AttentionMode = Literal["exact", "csa", "auto"]
 CheckpointFormat = Literal["megatron", "hf", "megatron-legacy"]
 DType = Literal["float32", "bfloat16", "float16"]
+# Of what the cache keeps. auto: the model's; fp8: float8_e4m3 with an fp32 scale for each token and KV head.
+KVCacheDType = Literal["auto", "fp8"]
 
 # Tokens of a step where nothing is said. Sarathi's chunk is small, so that decodes in its step stay fast.
 BATCHED_TOKENS: dict[PolicyName, int] = {"sps2": 2048, "sarathi": 512, "fcfs": 4096}

@@ -20,8 +20,9 @@ from benchmarks.accuracy_plot import draw, table
 from benchmarks.accuracy_run import continuation_logits, greedy, lone_trial
 from benchmarks.accuracy_settings import parse_settings
 from benchmarks.tasks import Task
+from checkpoints_tools.convert import convert
 from megatron_sps2.attention.core import SequenceParallelAttention, StepContext
-from megatron_sps2.config import AttentionConfig, ParallelConfig
+from megatron_sps2.config import KV_CACHE_DTYPES, AttentionConfig, ParallelConfig
 from megatron_sps2.csa_setting import PRESETS, CsaSetting
 from megatron_sps2.engine.build import EngineConfig, assemble
 from megatron_sps2.engine.tokenizer import load_tokenizer
@@ -32,10 +33,12 @@ from megatron_sps2.parallel.groups import ParallelGroups
 from megatron_sps2.parallel.traffic import CSA_COLLECTIVES
 from tests.broken_wire import exchange_skipped
 from tests.ranks import run_ranks
+from tests.rounded_attention import round_keys_and_values
 from tests.sharded_run import Prompt, RankResult, answer, logits_error, watch_prefills
 from tests.sps2_command import ROOT, environ, make_checkpoint, words
+from tests.test_engine import hf_greedy
 from tests.test_tokenizer import save_tokenizer
-from tests.tiny_llama import VOCAB_SIZE, prompt
+from tests.tiny_llama import VOCAB_SIZE, prompt, save_hf_llama
 
 NUM_ANSWERED = 8
 NUM_PROMPT = 150
@@ -305,6 +308,58 @@ def test_control_ranks_that_exchange_nothing_give_other_logits(checkpoint: Path)
         logits = all_logits(trial, ids, prefill)
     prompts = [Prompt(ids, list(range(NUM_PROMPT)))]
     assert logits_error([rank.result for rank in ranks], [logits], prompts) > 100 * TOLERANCE
+
+
+def test_fp8_is_measured_as_a_model_that_attends_to_rounded_keys(tmp_path: Path) -> None:
+    """A prompt, what follows it all at once, and its greedy answer."""
+    hf = save_hf_llama(tmp_path / "hf", 8, 2)
+    convert(tmp_path / "hf", tmp_path / "checkpoint")
+    ids, num_prompt = prompt(90, seed=2).tolist(), 60
+    with lone_trial(tmp_path / "checkpoint", torch.float32) as trial:
+        plain, fp8 = (
+            continuation_logits(trial, ids, num_prompt, ExactPrefill(), kept) for kept in KV_CACHE_DTYPES
+        )
+        tokens = greedy(trial, ids[:num_prompt], ExactPrefill(), NUM_ANSWERED, "fp8")
+    round_keys_and_values(hf)
+    with torch.inference_mode():
+        wanted = hf(torch.tensor([ids[:-1]])).logits[0, num_prompt - 1 :]
+        assert tokens == hf_greedy(hf, ids[:num_prompt], len(tokens)) and tokens
+    scale = wanted.abs().max()
+    assert (fp8 - wanted).abs().max() < TOLERANCE * scale
+    assert (plain - wanted).abs().max() > 100 * TOLERANCE * scale, "the control: nothing would be rounded"
+
+
+def test_the_command_measures_fp8_against_the_models_own_dtype(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "rows.json"
+    more = {"settings": "dense", "samples": 1, "answer": 4, "json": out, "kv-cache-dtype": "fp8"}
+    main(arguments(checkpoint, text, **more))
+    (row,) = json.loads(out.read_text())
+    assert row["kv_cache_dtype"] == "fp8" and row["kl"] > 1e-5 and row["perplexity_rise"] != 0
+    assert row["equal_answer"] in (0, 0.25, 0.5, 0.75, 1)
+
+
+def test_an_answer_agrees_until_the_first_difference(checkpoint: Path) -> None:
+    ids, tokenizer = prompt(60, seed=2).tolist(), load_tokenizer(checkpoint)
+    with lone_trial(checkpoint, torch.float32) as trial:
+        comparison = Comparison(
+            trial=trial,
+            tokenizer=tokenizer,
+            num_prompt=50,
+            windows=[Window("t", ids)],
+            tasks=[],
+            answer_tokens=6,
+        )
+        assert comparison.measure("dense", lambda _: ExactPrefill())["equal_answer"] == 1
+        assert comparison.measure("nothing", lambda _: NothingSeen())["equal_answer"] < 1
+
+
+class NothingSeen(ExactPrefill):
+    """The control: a prompt whose tokens see nothing."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.zeros_like(q)
 
 
 def test_a_prompt_of_one_segment_is_exact_as_in_the_engine(checkpoint: Path) -> None:

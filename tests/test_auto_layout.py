@@ -97,6 +97,13 @@ def grid(asked: Wish, devices: Devices) -> tuple[int, int, int]:
         (wish(LLAMA_8B, 128 * K), replace(A_NODE, free_bytes=24 * GB), (1, 8, 1)),
         # The whole KV of one device, and what a prefill of 128K tokens holds, do not fit beside the weights.
         (wish(LLAMA_8B, 128 * K), replace(A_NODE, free_bytes=16 * GB), (1, 4, 2)),
+        # Where fp8 keys and values take half of it, it does.
+        (wish(LLAMA_8B, 128 * K), replace(A_NODE, free_bytes=22 * GB + GB // 2), (1, 4, 2)),
+        (
+            wish(LLAMA_8B, 128 * K, kv_cache_dtype="fp8"),
+            replace(A_NODE, free_bytes=22 * GB + GB // 2),
+            (1, 8, 1),
+        ),
         # 141 GB: two devices would hold the weights and nothing else.
         (wish(LLAMA_70B, 128 * K), A_NODE, (1, 2, 4)),
         (wish(LLAMA_70B, 8 * K), replace(A_NODE, free_bytes=141 * GB), (1, 4, 2)),
@@ -133,6 +140,8 @@ def test_the_fewest_tp_ranks_that_fit_and_the_rest_to_sp(
             r"131,072 tokens in bfloat16 fit no layout on 8 CUDA devices: --sp 1 --tp 8 needs 1\d\d\.\d GiB "
             r"\(9\d\.\d GiB weights, .* and 67\.1 GiB may be used of 74\.5 GiB free; use more devices, a",
         ),
+        (wish(LLAMA_405B, 128 * K), A_NODE, "a lower --max-model-len, --kv-cache-dtype fp8$"),
+        (wish(LLAMA_405B, 128 * K, kv_cache_dtype="fp8"), A_NODE, "a lower --max-model-len$"),
         # More nodes do not help: weights are cut within one.
         (wish(LLAMA_405B, 128 * K), replace(A_NODE, count=64), "fit no layout on 64 CUDA devices"),
         (wish(LLAMA_8B, K, tp_size=3), A_NODE, r"tp_size=3 does not divide .* use --tp 1 or 2 or 4 or 8"),

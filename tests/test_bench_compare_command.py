@@ -48,13 +48,16 @@ def compare_args(folder: Path, *more: object) -> argparse.Namespace:
 
 def test_servers_differ_in_their_setting_and_in_nothing_else(tmp_path: Path) -> None:
     more = ("--settings", "sps2-csa,fcfs", "--sp", 2, "--layouts", "fit", "--serve-flags", "--max-num-seqs 8")
-    wanted = prepare(compare_args(tmp_path, *more, "--kv-cache-gib", 0.5))
+    wanted = prepare(compare_args(tmp_path, *more, "--kv-cache-gib", 0.5, "--kv-cache-dtype", "fp8"))
     assert list(wanted.left_out) == ["sp1tp2"]
     csa, fcfs = (wanted.flags[each.name] for each in wanted.settings)
     same = csa[: csa.index("--sp")]
     assert same == fcfs[: fcfs.index("--sp")]
     assert csa[len(same) :] == wanted.settings[0].serve_flags
-    assert same[4:6] == ("--kv-cache-gib", "0.5") and same[-2:] == ("--max-num-seqs", "8")
+    assert same[4:8] == ("--kv-cache-dtype", "fp8", "--kv-cache-gib", "0.5") and same[-2:] == (
+        "--max-num-seqs",
+        "8",
+    )
     assert same[same.index("--max-model-len") + 1] == "512"
 
 

@@ -63,6 +63,11 @@ def test_settings_below_one_are_refused(name: str) -> None:
         EngineConfig(checkpoint="", **{name: 0})  # type: ignore[arg-type]
 
 
+def test_a_kv_cache_dtype_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="kv_cache_dtype='fp9' is not known; use one of auto, fp8"):
+        EngineConfig(checkpoint="", kv_cache_dtype="fp9")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("attention", [{"mode": "csa"}, {"mode": "auto"}, {"strategy": "pass_kv"}])
 def test_chunks_need_exact_attention_that_follows_a_context(attention: dict[str, Any]) -> None:
     chosen, csa = AttentionConfig(**attention), PRESETS["default"]

@@ -290,11 +290,17 @@ def test_a_file_that_is_missing_is_refused(capsys: pytest.CaptureFixture[str]) -
 # What a checkpoint needs, and where it comes from.
 
 
-def _kept_bytes(checkpoint: Path, sp_size: int, tp_size: int, dtype: str) -> tuple[int, int]:
+def _kept_bytes(checkpoint: Path, sp_size: int, tp_size: int, dtype: str, kept: str) -> tuple[int, int]:
     """On a rank: bytes of the parameters it really keeps, and of its KV cache."""
     parallel = ParallelConfig(sp_size=sp_size, tp_size=tp_size)
     engine = build_engine(
-        EngineConfig(checkpoint=str(checkpoint), parallel=parallel, dtype=dtype, max_model_len=1000)  # type: ignore[arg-type]
+        EngineConfig(
+            checkpoint=str(checkpoint),
+            parallel=parallel,
+            dtype=dtype,  # type: ignore[arg-type]
+            kv_cache_dtype=kept,  # type: ignore[arg-type]
+            max_model_len=1000,
+        )
     )
     forward = engine._runner._forward
     kept = {id(p): p for p in (*forward.gpt.parameters(), forward._output_weight)}
@@ -302,21 +308,25 @@ def _kept_bytes(checkpoint: Path, sp_size: int, tp_size: int, dtype: str) -> tup
 
 
 @pytest.mark.parametrize(
-    ("sp_size", "tp_size", "dtype", "tied"), [(2, 1, "float32", False), (1, 3, "bfloat16", True)]
+    ("sp_size", "tp_size", "dtype", "kept", "tied"),
+    [(2, 1, "float32", "auto", False), (1, 3, "bfloat16", "auto", True), (2, 1, "bfloat16", "fp8", False)],
 )
 def test_doctor_says_the_memory_that_an_engine_takes(
-    checkpoint: Path, tmp_path: Path, sp_size: int, tp_size: int, dtype: str, tied: bool
+    checkpoint: Path, tmp_path: Path, sp_size: int, tp_size: int, dtype: str, kept: str, tied: bool
 ) -> None:
     if tied:
         checkpoint = make_checkpoint(tmp_path, tie_word_embeddings=True)
     done = sps2(
         *("doctor", "--checkpoint", checkpoint, "--sp", sp_size, "--tp", tp_size, "--dtype", dtype),
-        *("--max-model-len", 1000, "--json"),
+        *("--kv-cache-dtype", kept, "--max-model-len", 1000, "--json"),
     )
     assert (done.returncode, done.stderr) == (0, "")
     said = json.loads(done.stdout)["memory per rank"]
-    kept = run_ranks(sp_size * tp_size, functools.partial(_kept_bytes, checkpoint, sp_size, tp_size, dtype))
-    assert kept == [(said["weights_bytes"], said["kv_bytes"])] * sp_size * tp_size
+    measure = functools.partial(_kept_bytes, checkpoint, sp_size, tp_size, dtype, kept)
+    assert (
+        run_ranks(sp_size * tp_size, measure)
+        == [(said["weights_bytes"], said["kv_bytes"])] * sp_size * tp_size
+    )
 
 
 def test_doctor_names_the_backend_of_the_device_that_is_asked_for(
@@ -324,8 +334,9 @@ def test_doctor_names_the_backend_of_the_device_that_is_asked_for(
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "one")
-    for device, backend in (("cpu", "gloo"), ("auto", "nccl")):
-        assert main(["doctor", "--device", device, "--json"]) == 0
+    asked = (("cpu", "auto", "gloo"), ("auto", "auto", "nccl"), ("cuda", "gloo", "gloo"))
+    for device, wanted, backend in asked:
+        assert main(["doctor", "--device", device, "--backend", wanted, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["machine"]["backend"] == backend
 
 

@@ -24,6 +24,7 @@ from megatron_sps2.parallel.collectives import (
     return_partials,
     route_rows,
     seq_to_heads,
+    typed_rows,
 )
 from megatron_sps2.parallel.groups import ParallelGroups
 from megatron_sps2.parallel.layout import head_range, split_heads
@@ -259,3 +260,18 @@ def test_what_rank_0_makes_or_raises_is_made_or_raised_everywhere(size: int) -> 
         list(range(size)),
     ]
     assert run_ranks(size, agreements) == [want] * size
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("d", [1, 4])
+def test_typed_rows_are_views_unless_a_row_begins_between_two_numbers(
+    d: int, heads: int, dtype: torch.dtype
+) -> None:
+    cut = heads * d * dtype.itemsize
+    rows = torch.randint(256, (2, 5, cut + 4 * heads), dtype=torch.uint8)
+    for part, kind in ((rows[..., :cut], dtype), (rows[..., cut:], torch.float32)):
+        typed = typed_rows(part, kind)
+        assert torch.equal(typed.contiguous().view(torch.uint8), part)
+        fits = rows.shape[-1] % kind.itemsize == 0 and part.storage_offset() % kind.itemsize == 0
+        assert (typed.data_ptr() == part.data_ptr()) == fits

@@ -9,14 +9,27 @@ import torch
 from torch import Tensor
 
 from megatron_sps2.attention.kv_cache import KVCache, SlotRun
-from megatron_sps2.config import CacheConfig, KVCacheFull
+from megatron_sps2.config import CacheConfig, KVCacheDType, KVCacheFull
+from megatron_sps2.ops.quantized import dequantize, quantize
 
 LAYERS, HEADS, D = 2, 3, 4
 
 
-def make_cache(num_blocks: int = 16, block_size: int = 4, dtype: torch.dtype = torch.float32) -> KVCache:
+def make_cache(
+    num_blocks: int = 16,
+    block_size: int = 4,
+    dtype: torch.dtype = torch.float32,
+    kv_cache_dtype: KVCacheDType = "auto",
+) -> KVCache:
     config = CacheConfig(num_blocks=num_blocks, block_size=block_size)
-    return KVCache(config, num_layers=LAYERS, num_kv_heads=HEADS, head_dim=D, dtype=dtype)
+    return KVCache(
+        config,
+        num_layers=LAYERS,
+        num_kv_heads=HEADS,
+        head_dim=D,
+        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
+    )
 
 
 def rows(num_tokens: int) -> Tensor:
@@ -75,7 +88,7 @@ def test_neighbouring_blocks_are_one_run_and_a_view() -> None:
     assert cache.runs(7, 9, 9) == []
     k, _ = cache.read(0, cache.runs(7, 0, 8))
     assert k.shape == (8, 1, HEADS, D)
-    assert k.untyped_storage().data_ptr() == cache._keys[0].untyped_storage().data_ptr()
+    assert k.untyped_storage().data_ptr() == cache.layer(0).keys.untyped_storage().data_ptr()
 
 
 def test_a_full_shard_refuses_and_writes_nothing() -> None:
@@ -116,6 +129,52 @@ def test_freed_blocks_serve_the_next_request() -> None:
 def test_bytes_of_a_token_count_k_and_v_of_all_layers() -> None:
     assert make_cache().bytes_per_token == 2 * LAYERS * HEADS * D * 4
     assert make_cache(dtype=torch.bfloat16).bytes_per_token == 2 * LAYERS * HEADS * D * 2
+
+
+def test_bytes_of_an_fp8_token_are_its_numbers_and_a_scale_for_each_head() -> None:
+    cache = make_cache(kv_cache_dtype="fp8")
+    assert cache.bytes_per_token == 2 * LAYERS * HEADS * (D + 4)
+    held = sum(part.nbytes for layer in range(LAYERS) for part in cache.layer(layer).parts)
+    assert held == cache.bytes_per_token * cache.config.tokens_per_rank
+    assert cache.element_size == 4, "what travels is as exact as the model"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_fp8_cache_reads_what_rounding_each_row_gives(dtype: torch.dtype) -> None:
+    """In fragments, and whatever was written beside it."""
+    cache = make_cache(dtype=dtype, kv_cache_dtype="fp8")
+    assert cache.is_rounded and not make_cache().is_rounded
+    cache.grant(1, [5, 2, 9])
+    written = [(rows(10).to(dtype), rows(10).to(dtype)) for _ in range(LAYERS)]
+    for first, last in ((0, 3), (3, 4), (4, 10)):
+        runs = cache.extend(1, last - first)
+        for layer, (k, v) in enumerate(written):
+            cache.write(layer, runs, k[first:last], v[first:last])
+    for layer, both in enumerate(written):
+        for found, x in zip(read_all(cache, layer, 1), both, strict=True):
+            assert found.dtype == dtype and found.shape == x.shape
+            assert torch.equal(found, dequantize(*quantize(x), dtype)) and not torch.equal(found, x)
+
+
+def test_swapping_keeps_fp8_bytes_and_poison() -> None:
+    cache = make_cache(kv_cache_dtype="fp8")
+    cache.grant(1, [0, 9])
+    runs = cache.extend(1, 6)
+    for layer in range(LAYERS):
+        k, v = rows(6), rows(6)
+        k[4, 1, 2] = torch.nan
+        cache.write(layer, runs, k, v)
+    before = [read_all(cache, layer, 1) for layer in range(LAYERS)]
+    cache.swap_out(1)
+    swapped = cache._swapped[1].layers
+    assert sum(x.nbytes for layer in swapped for x in layer) == 6 * cache.bytes_per_token
+    cache.grant(2, [0, 9])  # Somebody else fills them meanwhile.
+    cache.write(0, cache.extend(2, 8), rows(8), rows(8))
+    cache.swap_in(1, [12, 5])
+    for layer, (k, v) in enumerate(before):
+        found = read_all(cache, layer, 1)
+        assert torch.equal(found[0].isnan(), k.isnan()) and k.isnan().sum() == D
+        assert torch.equal(found[0].nan_to_num(), k.nan_to_num()) and torch.equal(found[1], v)
 
 
 def test_adopted_blocks_are_read_as_the_beginning_of_the_request_and_not_written() -> None:

@@ -72,6 +72,12 @@ def test_sps2_aims_for_the_target_between_tokens_and_the_others_know_none() -> N
     assert aims == {"sps2-exact": 80.0, "fcfs": None, "sarathi-512": None}
 
 
+def test_an_fp8_cache_holds_more_tokens_on_the_same_devices() -> None:
+    whole, fp8 = (base("llama3-8b", kv_cache_dtype=kept).memory for kept in ("auto", "fp8"))
+    assert (whole.kv_per_token, fp8.kv_per_token) == (32 * 2 * 8 * 128 * 2, 32 * 2 * 8 * (128 + 4))
+    assert whole.weights == fp8.weights and fp8.kv_needed < 0.52 * whole.kv_needed
+
+
 def test_a_model_that_fits_nowhere_is_refused() -> None:
     with pytest.raises(ValueError, match="fit no layout of 8 devices; the closest"):
         choose(base("llama3-405b"), [Setting.parse("fcfs")], 8, LONG_AND_SHORT[:2], Targets())
@@ -103,8 +109,13 @@ def test_the_commands_write_json(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert json.loads(capsys.readouterr().out)["failed"] == 2, (
         "the long ones have no room in 10 blocks a rank"
     )
-    assert main(["plan", *shared, "--settings", "sps2-exact,sarathi-512", "--json", "-"]) == 0
-    plan = json.loads(capsys.readouterr().out)
+    settings = ("--settings", "sps2-exact,sarathi-512")
+    held = {}
+    for kept in ("auto", "fp8"):
+        assert main(["plan", *shared, *settings, "--kv-cache-dtype", kept, "--json", "-"]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        held[kept] = plan["choice"]["memory_per_rank"]["kv_tokens"]
+    assert held["fp8"] / held["auto"] == pytest.approx(256 / 132, rel=0.01)
     assert plan["choice"]["fits"] and plan["num_devices"] == 8 and all(e["why_not"] for e in plan["others"])
 
 

@@ -114,6 +114,14 @@ def test_an_answer_reads_its_own_share_of_the_cache() -> None:
     assert eighth.kv_bytes * 8 == pytest.approx(alone.kv_bytes)
 
 
+def test_an_answer_reads_fp8_rows_with_their_scales_and_sends_as_much_as_ever() -> None:
+    whole, fp8 = (
+        counter(sp=8, kv_cache_dtype=kept).work(answers(4, 80_000, sp=8)) for kept in ("auto", "fp8")
+    )
+    assert fp8.kv_bytes / whole.kv_bytes == pytest.approx((128 + 4) / (2 * 128))
+    assert fp8.bytes_sent == whole.bytes_sent
+
+
 def test_weights_are_those_of_the_shape() -> None:
     work = counter().work(answers(1, 10))
     assert work.weight_bytes == pytest.approx(2 * (8.03e9 - 128256 * 4096), rel=0.01)

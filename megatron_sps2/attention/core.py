@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_sps2.attention.angles import AnglesOf, no_angles
 from megatron_sps2.attention.csa import CsaRun, csa
 from megatron_sps2.attention.csa_plan import CsaPlan
 from megatron_sps2.attention.csa_tally import CsaTally
 from megatron_sps2.attention.dilated import dilated
 from megatron_sps2.attention.kv_cache import KVCache
 from megatron_sps2.attention.prefill import STRATEGIES, PrefillShape
+from megatron_sps2.attention.rotations import RotationOf, no_rotation
 from megatron_sps2.attention.strategy import lay_out
 from megatron_sps2.attention.window import NO_WINDOWS, WindowPlan, Windows
 from megatron_sps2.csa_setting import CsaSetting
@@ -99,7 +99,7 @@ class PrefillStep:
     turn: int = 0  # by how many ranks the layout is turned
     windows: Windows = NO_WINDOWS
     kernels: Kernels = TORCH
-    angles_of: AnglesOf = no_angles
+    rotation_of: RotationOf = no_rotation
     layout: TokenLayout = field(init=False)
     csa: CsaRun | None = field(init=False, default=None)
     _past: list[SlotRun] = field(init=False)
@@ -135,6 +135,8 @@ class PrefillStep:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [s/P, 1, n, d], k and v [s/P, 1, n_kv, d] -> [s/P, 1, n, d]; K and V stay in this shard."""
         q, k = self._keep(layer, q, k, v)
+        if self.cache.is_rounded:  # else a token would depend on which keys were cached when it attended
+            k, v = self.cache.read(layer, self._new.runs)
         if layer in self.windows.layers:
             return self._window.attend(q, k, v, self.cache.read(layer, self._near))
         if self.csa is not None:
@@ -157,7 +159,7 @@ class PrefillStep:
             self.kernels.write_paged(kv, self._new, k[:, 0], v[:, 0])
             return q, k
         slots = self._new.tensor(self.cache.device)
-        q, k = self.kernels.append_roped(q[:, 0], k[:, 0], v[:, 0], self.angles_of(layer), kv, slots)
+        q, k = self.kernels.append_roped(q[:, 0], k[:, 0], v[:, 0], self.rotation_of(layer), kv, slots)
         return q.unsqueeze(1), k.unsqueeze(1)
 
     def _plan_window(self) -> list[int]:

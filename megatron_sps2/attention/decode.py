@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_sps2.attention.angles import AnglesOf, no_angles
 from megatron_sps2.attention.kv_cache import KVCache
+from megatron_sps2.attention.rotations import RotationOf, no_rotation
 from megatron_sps2.attention.window import NO_WINDOWS, Windows
 from megatron_sps2.ops.kernel_set import TORCH, Kernels
-from megatron_sps2.ops.paged import PagedRows, Slots
+from megatron_sps2.ops.paged import NO_SLOT, PagedRows, Slots
 from megatron_sps2.parallel.collectives import Wire, gather_tokens, return_partials, route_rows
 
 
@@ -44,12 +44,12 @@ class DecodeStep:
     scale: float
     windows: Windows = NO_WINDOWS
     kernels: Kernels = TORCH
-    angles_of: AnglesOf = no_angles
+    rotation_of: RotationOf = no_rotation
     _local: _Rows = field(init=False)
     _spread: _Rows = field(init=False)
     # Whether new K and V of any row travel.
     _moves: bool = field(init=False)
-    # Of the rows at home here, where what stays goes; -1 for what travels.
+    # Of the rows at home here, where what stays goes; NO_SLOT for what travels.
     _home_slots: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,7 +63,8 @@ class DecodeStep:
         self._spread = _Rows.make_room(self.cache, [row for row in self.rows if row.spread], me, self.windows)
         self._moves = any(row.home != row.kv_rank for row in self._spread.rows)
         if self.kernels.append_roped is not None:
-            self._home_slots = self._find_home_slots()
+            slots = self._find_home_slots()
+            self._home_slots = torch.tensor(slots, dtype=torch.int64, device=self.cache.device)
 
     @property
     def home_counts(self) -> list[int]:
@@ -91,21 +92,22 @@ class DecodeStep:
             out[num_local:] = self.kernels.merge(outs, lses)[0]
         return out.unsqueeze(1)
 
-    def _find_home_slots(self) -> Tensor:
-        device, num_spread = (
-            self.cache.device,
-            sum(row.home == self.wire.axis.rank for row in self._spread.rows),
-        )
-        kept = self._spread.kept.tensor(device)
-        return torch.cat(
-            [self._local.kept.tensor(device), kept.new_full((num_spread,), -1) if self._moves else kept]
-        )
+    def at_home(self) -> tuple[list[int], PagedRows, PagedRows]:
+        """In a world of one rank, of all rows: slots, what they attend to, what of it lies in the window."""
+        assert self.wire.axis.size == 1
+        local, spread = self._local, self._spread
+        return self._find_home_slots(), local.shards + spread.shards, local.near + spread.near
+
+    def _find_home_slots(self) -> list[int]:
+        num_spread = sum(row.home == self.wire.axis.rank for row in self._spread.rows)
+        spread = [NO_SLOT] * num_spread if self._moves else self._spread.kept.numbers
+        return [*self._local.kept.numbers, *spread]
 
     def _keep(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the K and V that stay at home -> q and k, turned where Megatron has not."""
         kv = self.cache.layer(layer)
         if self.kernels.append_roped is not None:
-            return self.kernels.append_roped(q, k, v, self.angles_of(layer), kv, self._home_slots)
+            return self.kernels.append_roped(q, k, v, self.rotation_of(layer), kv, self._home_slots)
         num_local = len(self._local.rows)
         self.kernels.write_paged(kv, self._local.kept, k[:num_local], v[:num_local])
         if not self._moves:

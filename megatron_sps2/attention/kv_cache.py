@@ -13,15 +13,24 @@ import torch
 from torch import Tensor
 
 from megatron_sps2.attention.huge_pages import prefer_huge_pages
-from megatron_sps2.config import CacheConfig, KVCacheFull
-from megatron_sps2.ops.paged import PagedKV, PagedRows, SlotRun, Slots, slot_runs, write_paged
+from megatron_sps2.config import CacheConfig, KVCacheDType, KVCacheFull
+from megatron_sps2.ops.paged import (
+    PagedKV,
+    PagedRows,
+    SlotRun,
+    Slots,
+    gather_slots,
+    put_slots,
+    slot_runs,
+    write_paged,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class _Swapped:
-    """A request's shard in host memory: of every layer k and v [s, n_kv, d]."""
+    """A request's shard in host memory: of every layer all that it stores, [n_kv, s, ...] each."""
 
-    layers: list[tuple[Tensor, Tensor]]
+    layers: list[list[Tensor]]
     num_tokens: int
     positions: Tensor
 
@@ -37,7 +46,10 @@ class BlockTable:
 
 
 class KVCache:
-    """Keys and values of every layer, each `[n_kv, num_slots, d]`, and this rank's block tables."""
+    """Keys and values of every layer, each `[n_kv, num_slots, d]`, and this rank's block tables.
+
+    With kv_cache_dtype "fp8" they are rounded as they are written, and attention must use what `read` gives.
+    """
 
     def __init__(
         self,
@@ -48,14 +60,16 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        kv_cache_dtype: KVCacheDType = "auto",
     ) -> None:
-        self.config = config
+        self.config, self.dtype = config, dtype  # of what is written and read
         # Slots of one head lie together, so that a head's keys are one matrix [slots, d] for the kernels.
         shape = (num_kv_heads, config.tokens_per_rank, head_dim)
-        self._keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self._values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        for slots in (*self._keys, *self._values):
-            prefer_huge_pages(slots)
+        self._layers = [
+            _empty(shape, config.block_size, dtype, device, kv_cache_dtype) for _ in range(num_layers)
+        ]
+        for part in (part for layer in self._layers for part in layer.parts):
+            prefer_huge_pages(part)
         self._tables: dict[int, BlockTable] = {}
         self._swapped: dict[int, _Swapped] = {}
 
@@ -71,31 +85,36 @@ class KVCache:
 
     @property
     def num_layers(self) -> int:
-        return len(self._keys)
+        return len(self._layers)
 
     @property
     def num_kv_heads(self) -> int:
         """Of this tp rank."""
-        return self._keys[0].shape[0]
+        return self._layers[0].keys.shape[0]
 
     @property
     def element_size(self) -> int:
-        """Bytes per element."""
-        return self._keys[0].element_size()
+        """Bytes per element of what is written and read, which is what travels."""
+        return self.dtype.itemsize
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether what is read is less exact than what was written."""
+        return self._layers[0].key_scales is not None
 
     @property
     def device(self) -> torch.device:
-        return self._keys[0].device
+        return self._layers[0].keys.device
 
     @property
     def bytes_per_token(self) -> int:
-        """K and V of one token over all layers on this rank."""
-        num_kv_heads, _, head_dim = self._keys[0].shape
-        return 2 * len(self._keys) * num_kv_heads * head_dim * self._keys[0].element_size()
+        """K and V of one token over all layers on this rank, with their scales."""
+        parts = self._layers[0].parts
+        return self.num_layers * sum(part[:, :1].numel() * part.element_size() for part in parts)
 
     def layer(self, index: int) -> PagedKV:
         """Keys and values of a layer, from 0."""
-        return PagedKV(self._keys[index], self._values[index], self.config.block_size)
+        return self._layers[index]
 
     def grant(self, request_id: int, blocks: list[int]) -> None:
         """Adds `blocks` to the request's table."""
@@ -153,8 +172,8 @@ class KVCache:
         write_paged(self.layer(layer), Slots(runs), k, v)
 
     def read(self, layer: int, runs: list[SlotRun]) -> tuple[Tensor, Tensor]:
-        """k, v [s, 1, n_kv, d] of `runs`: a view of the cache where it is one run, else gathered."""
-        return self.layer(layer).read(runs)
+        """k, v [s, 1, n_kv, d] of `runs`: a view of the cache where it can be one, else gathered."""
+        return self.layer(layer).read(runs, self.dtype)
 
     def free(self, request_id: int) -> None:
         """Forgets the request's tokens; unknown requests are fine (a rank may hold none of its tokens)."""
@@ -165,18 +184,34 @@ class KVCache:
         """Copies the request's shard to host memory, page-locked beside a GPU, and forgets its blocks."""
         table = self._tables.setdefault(request_id, BlockTable())
         runs = self.runs(request_id, 0, table.num_tokens)
-        layers = [tuple(_to_host(x[:, 0]) for x in self.read(i, runs)) for i in range(self.num_layers)]
+        layers = [[_to_host(gather_slots(part, runs)) for part in layer.parts] for layer in self._layers]
         del self._tables[request_id]
-        self._swapped[request_id] = _Swapped(layers, table.num_tokens, table.positions)  # type: ignore[arg-type]
+        self._swapped[request_id] = _Swapped(layers, table.num_tokens, table.positions)
 
     def swap_in(self, request_id: int, blocks: list[int]) -> None:
         """Brings back what swap_out took, into `blocks`."""
         swapped = self._swapped.pop(request_id)
         self.grant(request_id, blocks)
         runs = self.extend(request_id, swapped.num_tokens, swapped.positions)
-        for layer, (k, v) in enumerate(swapped.layers):
-            device = self._keys[layer].device
-            self.write(layer, runs, k.to(device), v.to(device))
+        for layer, kept in zip(self._layers, swapped.layers, strict=True):
+            for part, stored in zip(layer.parts, kept, strict=True):
+                put_slots(part, runs, stored.to(part.device))
+
+
+def _empty(
+    shape: tuple[int, int, int],
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    kept: KVCacheDType,
+) -> PagedKV:
+    """shape: [n_kv, num_slots, d]"""
+    stored = dtype if kept == "auto" else torch.float8_e4m3fn
+    keys, values = (torch.empty(shape, dtype=stored, device=device) for _ in range(2))
+    if kept == "auto":
+        return PagedKV(keys, values, block_size)
+    key_scales, value_scales = (torch.empty(shape[:2], dtype=torch.float32, device=device) for _ in range(2))
+    return PagedKV(keys, values, block_size, key_scales, value_scales)
 
 
 def _to_host(x: Tensor) -> Tensor:

@@ -14,7 +14,10 @@ from megatron_sps2.bench.report import page
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SAID = ("model_id", "dtype", "trace", "prompts", "rounds", "seed", "hardware", "commit", "command")
+SAID = (
+    *("model_id", "dtype", "kv_cache_dtype", "trace", "prompts", "rounds", "seed"),
+    *("hardware", "commit", "command"),
+)
 NOTES = (
     "TTFT: from sending a request to its first token. TBT: each gap between two tokens of an answer. TPOT: "
     "an answer's mean time per token after the first. Response time (E2E): from sending to the last token. "

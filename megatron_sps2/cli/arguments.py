@@ -10,6 +10,7 @@ from megatron_sps2.config import (
     ATTENTION_MODES,
     DTYPES,
     KERNEL_CHOICES,
+    KV_CACHE_DTYPES,
     PREFILL_STRATEGIES,
     AttentionConfig,
     ModelConfig,
@@ -233,6 +234,7 @@ def add_memory(parser: argparse._ActionsContainer, longest: str) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="dtype of weights, KV and computing"
     )
+    add_kv_cache_dtype(parser)
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is cuda where there is one"
     )
@@ -243,6 +245,16 @@ def add_memory(parser: argparse._ActionsContainer, longest: str) -> None:
         help=f"tokens of prompt and answer at most (default: {longest})",
     )
     parser.add_argument("--block-size", type=int, default=64, metavar="N", help="tokens per KV cache block")
+
+
+def add_kv_cache_dtype(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        default="auto",
+        help="what the KV cache keeps: auto as --dtype; fp8 float8_e4m3 with a scale for each token and KV "
+        "head, a half to a quarter of the memory and a little less accurate",
+    )
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:

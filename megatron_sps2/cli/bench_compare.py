@@ -135,9 +135,10 @@ def _loads(args: argparse.Namespace) -> list[float]:
 
 def _common_flags(args: argparse.Namespace, schedule: Schedule, num_requests: int) -> tuple[str, ...]:
     """The same model, memory and limits for all."""
+    cached = () if args.kv_cache_dtype == "auto" else ("--kv-cache-dtype", args.kv_cache_dtype)
     memory = () if args.kv_cache_gib is None else ("--kv-cache-gib", str(args.kv_cache_gib))
     return (
-        *("--checkpoint", str(args.checkpoint), "--dtype", args.dtype, *memory),
+        *("--checkpoint", str(args.checkpoint), "--dtype", args.dtype, *cached, *memory),
         *("--max-model-len", str(schedule.workload.max_model_len)),
         # An overloaded server answers late, which is what is measured, and turns nobody away.
         *("--max-queue", str(max(MIN_QUEUE, num_requests)), "--served-model-name", schedule.model),
@@ -197,6 +198,7 @@ def _facts(args: argparse.Namespace, wanted: Wanted) -> dict[str, Any]:
         **provenance(),
         "model_id": Path(args.checkpoint).resolve().name,
         "dtype": args.dtype,
+        "kv_cache_dtype": args.kv_cache_dtype,
         "prompts": f"cut from {Path(args.text).name}" if args.text else "random token ids",
         "trace": trace_name(args),
         "arrivals": schedule.arrivals.kind,

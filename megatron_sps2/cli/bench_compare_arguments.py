@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_sps2.cli.arguments import add_checkpoint
+from megatron_sps2.cli.arguments import add_checkpoint, add_kv_cache_dtype
 from megatron_sps2.config import DTYPES
 
 SETTINGS = "sps2-csa,sps2-exact,sarathi-512,sarathi-2048,fcfs"
@@ -39,6 +39,7 @@ def add_servers(parser: argparse.ArgumentParser) -> None:
         help="fit: each setting on every layout of as many ranks that the model allows",
     )
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="of all servers")
+    add_kv_cache_dtype(group)
     group.add_argument(
         "--kv-cache-gib",
         type=float,

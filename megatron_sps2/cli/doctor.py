@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_sps2.cli.arguments import check_size_flags, parallel_config
-from megatron_sps2.cli.device import device_kind
+from megatron_sps2.cli.device import device_kind, pick_backend
 from megatron_sps2.cli.installed import PACKAGES, installed
 from megatron_sps2.cli.layout import settle_layout
 from megatron_sps2.config import DType, ModelConfig, ParallelConfig
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         return run_world(args)
     settle_layout(args, RankEnv.detect())
     parallel = parallel_config(args)
-    found = {"installed": installed(), "machine": _machine(args.device), "ranks": _ranks(parallel)}
+    found = {"installed": installed(), "machine": _machine(args), "ranks": _ranks(parallel)}
     if args.checkpoint:
         found["memory per rank"] = memory_per_rank(args, load_model_config(args.checkpoint))
     if args.json:
@@ -50,6 +50,7 @@ def memory_per_rank(args: argparse.Namespace, model: ModelConfig) -> dict[str, A
         model,
         parallel_config(args),
         dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
         max_model_len=longest,
         block_size=args.block_size,
         output_copy=has_output_copy(model, args.dtype, device_kind(args.device)),
@@ -74,14 +75,14 @@ def has_output_copy(model: ModelConfig, dtype: DType, device: str) -> bool:
     return not model.tie_embeddings or can_pack(torch.empty(1, 1, dtype=getattr(torch, dtype), device=device))
 
 
-def _machine(device: str) -> dict[str, Any]:
+def _machine(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu_cores": num_cores(),
         "cuda_devices": devices,
-        "backend": "nccl" if devices and device != "cpu" else "gloo",
+        "backend": pick_backend(args.backend, device_kind(args.device)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_sps2.cli.arguments import check_size_flags, parallel_config
+from megatron_sps2.cli.device import ranks_per_device
 from megatron_sps2.cli.doctor import memory_per_rank
 from megatron_sps2.cli.installed import versions
 from megatron_sps2.cli.process import RUN_ERROR
@@ -127,7 +128,8 @@ def _memory(args: argparse.Namespace) -> Found:
     host, (free, total) = socket.gethostname(), host_memory()
     found: Found = {"place": f"host {host}", "host_free": free, "host_total": total}
     if args.device.startswith("cuda"):
-        free, total = torch.cuda.mem_get_info(args.device)
+        sharing = ranks_per_device(RankEnv.detect() or RankEnv.alone(), torch.cuda.device_count())
+        free, total = (amount // sharing for amount in torch.cuda.mem_get_info(args.device))
         found["place"] += f", {args.device}"
     found |= {"free": free, "total": total, "needed": None, "max_model_len": None}
     if args.checkpoint:

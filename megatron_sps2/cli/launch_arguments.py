@@ -6,6 +6,7 @@ import argparse
 
 # What they are for a command that runs on one rank.
 ALONE = {
+    "backend": "auto",
     "rendezvous_timeout_s": 120.0,
     "heartbeat_timeout_s": 10.0,
     "timeout_s": 300.0,
@@ -16,6 +17,13 @@ ALONE = {
 
 def add_launch(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("launch and failure")
+    group.add_argument(
+        "--backend",
+        choices=("auto", "nccl", "gloo"),
+        default=ALONE["backend"],
+        help="what carries messages; auto: nccl between CUDA devices, gloo between CPUs; with gloo several "
+        "ranks may share a CUDA device, slowly, as all they send goes through host memory",
+    )
     group.add_argument(
         "--rendezvous-timeout-s",
         type=float,

@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from megatron_sps2.cli.arguments import AUTO
-from megatron_sps2.cli.device import device_kind
+from megatron_sps2.cli.device import device_kind, ranks_per_device
 from megatron_sps2.config import ModelConfig
 from megatron_sps2.engine.auto_layout import Choice, Devices, Wish, choose_layout
 from megatron_sps2.model.manifest import load_model_config
@@ -76,12 +76,13 @@ def _choose_of(args: argparse.Namespace, env: RankEnv, ranks: Sequence[tuple[int
 
 
 def _free_bytes(device: str, env: RankEnv) -> int:
-    """For one rank; those of a CPU share their host's."""
+    """For one rank; those of a CPU share their host's, and over gloo ranks may share a device."""
     if device_kind(device) == "cpu":
         return host_memory()[0] // env.local_world_size
     import torch
 
-    return int(torch.cuda.mem_get_info(device if ":" in device else env.local_rank)[0])
+    free = int(torch.cuda.mem_get_info(device if ":" in device else env.local_rank)[0])
+    return free // ranks_per_device(env, torch.cuda.device_count())
 
 
 def _cpu_ranks(wish: Wish) -> Devices:
@@ -110,6 +111,7 @@ def _wish(args: argparse.Namespace, kind: str) -> Wish:
         model=model,
         longest=longest_wanted(args, model),
         dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
         block_size=args.block_size,
         # On a CPU a tied matrix is kept a second time, in a layout that makes logits fast.
         output_copy=kind == "cpu" or not model.tie_embeddings,

@@ -54,6 +54,7 @@ def _read(args: argparse.Namespace, settings: Sequence[Setting]) -> tuple[Deploy
         setting=Setting.parse("sps2-exact"),
         longest=args.longest or longest_of(planned),
         dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
         max_num_seqs=args.max_num_seqs,
         tbt_slo_ms=args.tbt_slo_ms,
         csa=csa,

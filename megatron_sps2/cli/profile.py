@@ -62,7 +62,11 @@ def _measure(args: argparse.Namespace) -> int:
         return 0
     parallel = parallel_config(args)
     counter = Counter(
-        model=engine.model, parallel=parallel, dtype=args.dtype, devices_per_node=parallel.world_size
+        model=engine.model,
+        parallel=parallel,
+        dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
+        devices_per_node=parallel.world_size,
     )
     log = StepLog(counter)
     walk(engine, log, _longest(args) - ANSWERS, args.budget_s, tell=_tell)

@@ -20,8 +20,9 @@ from megatron_sps2.cli.generate import check_engine_flags, engine_config
 from megatron_sps2.cli.layout import settle_layout
 from megatron_sps2.cli.serve_arguments import api_keys, check_limits, schedule_config
 from megatron_sps2.cli.world import in_local_world, in_world
-from megatron_sps2.config import CacheConfig
+from megatron_sps2.config import CacheConfig, ModelConfig
 from megatron_sps2.engine.engine_config import EngineConfig
+from megatron_sps2.engine.rank_memory import kv_layer_bytes
 from megatron_sps2.model.manifest import load_model_config
 from megatron_sps2.parallel.network import address_of, is_loopback
 from megatron_sps2.parallel.rank_env import LOOPBACK, RankEnv
@@ -83,17 +84,17 @@ def _serve_config(args: argparse.Namespace) -> EngineConfig:
     model = load_model_config(args.checkpoint)
     config = engine_config(args, args.max_model_len or model.max_seq_len)
     config = dataclasses.replace(config, schedule=schedule_config(args))
-    return dataclasses.replace(config, cache=_cache_config(args, config))
+    # A rank knows its device; before that `auto` stands there, and what is measured cannot be checked.
+    if args.device.startswith("cuda") and args.num_kv_blocks is None and args.kv_cache_gib is None:
+        return dataclasses.replace(config, gpu_memory_utilization=args.gpu_memory_utilization)
+    return dataclasses.replace(config, cache=_cache_config(args, config, model))
 
 
-def _cache_config(args: argparse.Namespace, config: EngineConfig) -> CacheConfig:
+def _cache_config(args: argparse.Namespace, config: EngineConfig, model: ModelConfig) -> CacheConfig:
     """Raises ValueError for a cache in which not even one request of --max-model-len fits."""
-    one = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, max_num_seqs=1))
-    fewest = one.sized_cache().num_blocks + 1  # chunks may end in the middle of a block
-    model = load_model_config(args.checkpoint)
-    size = {"float32": 4}.get(args.dtype, 2)
-    block_bytes = 2 * model.num_layers * model.num_query_groups * model.head_dim * size * args.block_size
-    block_bytes //= args.tp
+    fewest = config.fewest_blocks
+    layer_bytes = kv_layer_bytes(model, args.tp, args.dtype, args.kv_cache_dtype)
+    block_bytes = model.num_layers * layer_bytes * args.block_size
     if args.num_kv_blocks is not None:
         num_blocks = args.num_kv_blocks
     elif args.kv_cache_gib is not None:
@@ -126,7 +127,8 @@ def serve_rank(args: argparse.Namespace) -> int:
         rank = engine.place.rank
         if rank == 0:
             took = in_words(engine.start_up)
-            print(f"loaded {args.checkpoint} in {took}", file=sys.stderr, flush=True)
+            kept = f"room for {engine.blocks.capacity:,} tokens in the KV cache of a replica"
+            print(f"loaded {args.checkpoint} in {took}; {kept}", file=sys.stderr, flush=True)
         engine.ledger.trace = Trace() if args.trace else None
         with Pulse(engine, args.endpoints.beats, world):
             _follow_or_lead(args, engine, world)

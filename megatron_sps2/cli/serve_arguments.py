@@ -60,8 +60,16 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-gib",
         type=float,
         metavar="G",
-        help="KV cache of each rank (default: what --max-num-seqs requests of --max-model-len need, 2 at "
-        "most, but room for one)",
+        help="KV cache of each rank (default: on CUDA what --gpu-memory-utilization leaves; on CPU what "
+        "--max-num-seqs requests of --max-model-len need, 2 at most, but room for one)",
+    )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.9,
+        metavar="F",
+        help="share of a CUDA device's memory that may be taken: the KV cache gets what the weights and the "
+        "largest prefill, measured at the start, leave of it",
     )
 
 
@@ -210,6 +218,10 @@ def check_limits(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0 and finite")
+    if not 0 < args.gpu_memory_utilization <= 1:
+        raise ValueError(
+            f"--gpu-memory-utilization {args.gpu_memory_utilization} must be above 0 and at most 1"
+        )
     for name in ("max_num_batched_tokens", "num_kv_blocks"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -55,6 +55,7 @@ def _read(args: argparse.Namespace) -> tuple[Deployment, list[Arrival]]:
         ),
         longest=args.max_model_len or longest_of(planned),
         dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
         max_num_seqs=args.max_num_seqs,
         csa=csa,
         csa_beyond=args.csa_density,
@@ -66,7 +67,10 @@ def _read(args: argparse.Namespace) -> tuple[Deployment, list[Arrival]]:
 
 def facts(args: argparse.Namespace, deployment: Deployment) -> dict[str, Any]:
     """What was asked, first in the JSON."""
-    asked = ("model", "dtype", "sp", "tp", "dp", "policy", "attention", "trace", "trace_format", "seed")
+    asked = (
+        *("model", "dtype", "kv_cache_dtype", "sp", "tp", "dp", "policy", "attention"),
+        *("trace", "trace_format", "seed"),
+    )
     profile = deployment.profile
     return {
         "simulated": True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_sps2.cli.arguments import Commands, add_engine, command, finish
+from megatron_sps2.cli.arguments import Commands, add_engine, add_kv_cache_dtype, command, finish
 from megatron_sps2.cli.bench_arguments import add_lengths
 from megatron_sps2.cli.serve_arguments import add_policy
 from megatron_sps2.config import ATTENTION_MODES, DTYPES
@@ -87,6 +87,7 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="dtype of weights, KV and computing"
     )
+    add_kv_cache_dtype(group)
     group.add_argument("--csa-setting", default="default", metavar="NAME|FILE", help="a preset or a file")
     group.add_argument(
         "--csa-density",

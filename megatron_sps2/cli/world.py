@@ -16,7 +16,7 @@ from datetime import timedelta
 from urllib.parse import urlsplit
 
 from megatron_sps2.cli.arguments import parallel_config
-from megatron_sps2.cli.device import pick_device
+from megatron_sps2.cli.device import pick_backend, pick_device
 from megatron_sps2.cli.launch_arguments import check_launch
 from megatron_sps2.cli.layout import settle_layout
 from megatron_sps2.cli.process import RUN_ERROR, USER_ERROR, report, set_logging
@@ -113,11 +113,11 @@ def _run_rank(args: argparse.Namespace, body: Body, env: RankEnv, check: Check |
         on_lost=lambda message: _end(args, env, message),
     ) as args.heart:
         try:
-            args.device = pick_device(args.device, env)
+            args.device = pick_device(args.device, env, args.backend)
+            args.backend = pick_backend(args.backend, args.device)
             _settle_cores(args, hellos[env.rank], hellos)
             _settle_card(env, hellos)
-            backend = "nccl" if args.device.startswith("cuda") else "gloo"
-            init_process_group(env, backend, timedelta(seconds=args.timeout_s), store)
+            init_process_group(env, args.backend, timedelta(seconds=args.timeout_s), store)
             settle_layout(args, env)
             if check:
                 agree(functools.partial(_check, args, env, hellos, check))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_sps2.config import DType, ModelConfig, ParallelConfig, divisors
+from megatron_sps2.config import DType, KVCacheDType, ModelConfig, ParallelConfig, divisors
 from megatron_sps2.engine.rank_memory import RankMemory, rank_memory
 
 # Of the memory that is free: the rest is for libraries, fragments, and what the formulas leave out.
@@ -40,12 +40,14 @@ class Wish:
     dp_size: int
     sp_size: int | None
     tp_size: int | None
+    kv_cache_dtype: KVCacheDType = "auto"
 
     def memory(self, parallel: ParallelConfig) -> RankMemory:
         return rank_memory(
             self.model,
             parallel,
             dtype=self.dtype,
+            kv_cache_dtype=self.kv_cache_dtype,
             max_model_len=self.longest,
             block_size=self.block_size,
             output_copy=self.output_copy,
@@ -70,7 +72,8 @@ def choose_layout(wish: Wish, devices: Devices) -> Choice:
         if wish.memory(parallel).total <= room:
             return Choice(parallel=parallel, why=_why(wish, devices, tried, parallel))
     best = min(tried, key=lambda parallel: wish.memory(parallel).total)
-    narrower = ", or --dtype bfloat16" if wish.dtype == "float32" else ""
+    narrower = ", --dtype bfloat16" if wish.dtype == "float32" else ""
+    narrower += ", --kv-cache-dtype fp8" if wish.kv_cache_dtype == "auto" else ""
     raise ValueError(
         f"{wish.longest:,} tokens in {wish.dtype} fit no layout on {_count(devices)}: {_grid(best)} needs "
         f"{_spell(wish.memory(best), wish.longest)} on each, and {_size(room)} may be used of "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -17,11 +17,14 @@ import torch
 import megatron_sps2.model.eager  # noqa: F401  # before all others: some of them import Megatron
 from megatron_sps2.attention.core import SequenceParallelAttention, StepContext
 from megatron_sps2.attention.kv_cache import KVCache
-from megatron_sps2.config import ModelConfig
+from megatron_sps2.config import CacheConfig, ModelConfig
 from megatron_sps2.engine.block_manager import BlockManager
 from megatron_sps2.engine.csa_reporter import CsaReporter
+from megatron_sps2.engine.decode_graph import CudaRecorder
+from megatron_sps2.engine.dry_prefill import DryPrefill
 from megatron_sps2.engine.engine import Engine, Place
 from megatron_sps2.engine.engine_config import EngineConfig
+from megatron_sps2.engine.measured_cache import measured_cache, run_dry
 from megatron_sps2.engine.runner import Runner
 from megatron_sps2.engine.scheduler import Scheduler
 from megatron_sps2.engine.start_up import StartUp
@@ -29,7 +32,7 @@ from megatron_sps2.model.checkpoint import load_gpt
 from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.model.heap import keep_freed_memory
 from megatron_sps2.model.manifest import load_model_config, read_manifest
-from megatron_sps2.ops.kernel_set import choose_kernels
+from megatron_sps2.ops.kernel_set import Kernels, choose_kernels
 from megatron_sps2.parallel.collectives import Wire, gather_objects, leave_together
 from megatron_sps2.parallel.groups import ParallelGroups, world_axis
 from megatron_sps2.parallel.ledger import Ledger
@@ -62,6 +65,8 @@ def build_engine(config: EngineConfig) -> Engine:
         config.device,
     )
     loaded = time.perf_counter()
+    if config.cache is None and config.gpu_memory_utilization is not None:
+        config = replace(config, cache=_measured_cache(config, groups, forward, context))
     engine = assemble(config, groups, forward, context)
     mine = StartUp.now(loaded - start, forward.weight_bytes)
     engine.start_up = gather_objects(mine, groups.world)
@@ -85,32 +90,17 @@ def assemble(
     if device.type == "cpu":
         keep_freed_memory()
     cache_config = config.sized_cache()
-    cache = KVCache(
-        cache_config,
-        num_layers=model.num_layers,
-        num_kv_heads=model.num_query_groups // config.parallel.tp_size,
-        head_dim=model.head_dim,
-        dtype=getattr(torch, config.dtype),
-        device=device,
-    )
+    cache = make_cache(config, model, cache_config)
     forward.book_traffic(ledger)
     mailbox = None
     if device.type == "cpu":
         gather = functools.partial(gather_objects, axis=groups.sp)
         mailbox = open_mailbox(groups.sp, gather, config.timeout_s, num_local_ranks=groups.world.size)
-    runner = Runner(
-        forward,
-        cache,
-        context,
-        Wire(groups.sp, ledger, mailbox),
-        overlap=config.attention.pipeline,
-        device=device,
-        replica=Wire(groups.engine, ledger),
-        csa=config.csa,
-        tp_rank=groups.tp.rank,
-        unit=cache_config.block_size if config.schedule.prefix_caching else 1,
-        kernels=choose_kernels(config.attention.kernels, device),
-    )
+    runner = make_runner(config, groups, forward, context, cache, Wire(groups.sp, ledger, mailbox))
+    if records_decode(config, runner.kernels, groups.engine.size):
+        runner.record_decode(
+            CudaRecorder(), max_rows=config.schedule.max_num_seqs, max_tokens=config.max_model_len
+        )
     blocks = BlockManager(
         cache_config, config.parallel.sp_size, prefix_caching=config.schedule.prefix_caching
     )
@@ -141,6 +131,63 @@ def assemble(
         ),
         reporter=CsaReporter(setting=config.csa, traffic=traffic, exact_strategy=scheduler.exact_strategy),
     )
+
+
+def records_decode(config: EngineConfig, kernels: Kernels, num_ranks: int) -> bool:
+    """Whether decode steps become CUDA graphs. Exchanges between the ranks of a replica do not fit in."""
+    on_device = config.device.startswith("cuda") and kernels.append_roped is not None
+    return on_device and num_ranks == 1 and not config.enforce_eager
+
+
+def make_cache(config: EngineConfig, model: ModelConfig, size: CacheConfig) -> KVCache:
+    """This rank's shard."""
+    return KVCache(
+        size,
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_query_groups // config.parallel.tp_size,
+        head_dim=model.head_dim,
+        dtype=getattr(torch, config.dtype),
+        device=config.device,
+        kv_cache_dtype=config.kv_cache_dtype,
+    )
+
+
+def make_runner(
+    config: EngineConfig,
+    groups: ParallelGroups,
+    forward: GptForward,
+    context: StepContext,
+    cache: KVCache,
+    sp: Wire,
+) -> Runner:
+    """What runs steps on this rank; all that it sends is booked where `sp` books."""
+    device = torch.device(config.device)
+    return Runner(
+        forward,
+        cache,
+        context,
+        sp,
+        overlap=config.attention.pipeline,
+        device=device,
+        replica=Wire(groups.engine, sp.ledger),
+        csa=config.csa,
+        tp_rank=groups.tp.rank,
+        unit=cache.config.block_size if config.schedule.prefix_caching else 1,
+        kernels=choose_kernels(config.attention.kernels, device),
+    )
+
+
+def _measured_cache(
+    config: EngineConfig, groups: ParallelGroups, forward: GptForward, context: StepContext
+) -> CacheConfig:
+    """What all ranks have room for beside weights and the largest prefill. Collective over the world."""
+
+    def run(dry: DryPrefill) -> None:
+        cache = make_cache(config, forward.model, dry.cache)
+        runner = make_runner(config, groups, forward, context, cache, Wire(groups.sp, Ledger()))
+        run_dry(dry, runner, cache, forward, config.schedule.max_num_seqs)
+
+    return measured_cache(config, forward.model, groups.world, run)
 
 
 def compare_ranks(config: EngineConfig) -> None:

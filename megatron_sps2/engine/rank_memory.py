@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sps2.config import DType, ModelConfig, ParallelConfig
+from megatron_sps2.config import DType, KVCacheDType, ModelConfig, ParallelConfig
 from megatron_sps2.engine.engine_config import EngineConfig
 
 ELEMENT_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+SCALE_SIZE = 4  # beside each row of float8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,7 @@ def rank_memory(
     parallel: ParallelConfig,
     *,
     dtype: DType,
+    kv_cache_dtype: KVCacheDType = "auto",
     max_model_len: int,
     block_size: int,
     output_copy: bool,
@@ -46,7 +48,7 @@ def rank_memory(
         checkpoint="", parallel=parallel, max_model_len=max_model_len, block_size=block_size
     )
     tokens, size = config.sized_cache().tokens_per_rank, ELEMENT_SIZE[dtype]
-    per_token = 2 * model.num_layers * (model.num_query_groups // parallel.tp_size) * model.head_dim * size
+    per_token = model.num_layers * kv_layer_bytes(model, parallel.tp_size, dtype, kv_cache_dtype)
     return RankMemory(
         weights=num_weights(model, parallel.tp_size, output_copy) * size,
         kv=tokens * per_token,
@@ -54,6 +56,12 @@ def rank_memory(
         kv_per_token=per_token,
         activations=-(-max_model_len // parallel.sp_size) * _row(model, parallel.tp_size) * size,
     )
+
+
+def kv_layer_bytes(model: ModelConfig, tp_size: int, dtype: DType, kv_cache_dtype: KVCacheDType) -> int:
+    """K and V of one token in one layer, as one rank's cache keeps them."""
+    row = model.head_dim * ELEMENT_SIZE[dtype] if kv_cache_dtype == "auto" else model.head_dim + SCALE_SIZE
+    return 2 * (model.num_query_groups // tp_size) * row
 
 
 def num_weights(model: ModelConfig, tp_size: int, output_copy: bool) -> int:

@@ -5,7 +5,6 @@ Knows the model and the plan; does not decide anything.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +19,7 @@ from megatron_sps2.attention.kv_cache import KVCache
 from megatron_sps2.attention.window import Windows
 from megatron_sps2.config import SamplingParams
 from megatron_sps2.csa_setting import CsaSetting
+from megatron_sps2.engine.decode_graph import DecodeGraphs, Record
 from megatron_sps2.engine.plan import DecodeToken, NewPrompt, PrefillPiece, StepPlan
 from megatron_sps2.engine.sampler import (
     PoisonedLogits,
@@ -114,13 +114,29 @@ class Runner:
         self._sp, self._small = replace(sp, mailbox=None), sp
         self._overlap, self._device = overlap, torch.device(device)
         self._replica, self._csa, self._tp_rank = replica, csa, tp_rank
-        self._kernels = kernels
+        self.kernels = kernels
         self._unit = unit  # of tokens that stay together on a rank, as the scheduler lays them out
         model = forward.model
         self._scale = model.softmax_scale
         self._windows = Windows(model.window or 0, frozenset(model.window_layers))
         self._sequences: dict[int, _Sequence] = {}
         self._paused: dict[int, _Part] = {}
+        self._graphs: DecodeGraphs | None = None
+
+    def record_decode(self, record: Record, *, max_rows: int, max_tokens: int) -> None:
+        """From now on batches of decodes alone are replayed. For a replica of one rank."""
+        assert self._replica.axis.size == 1 and self.kernels.append_roped is not None
+        self._graphs = DecodeGraphs(
+            self._forward,
+            self._cache,
+            self._context,
+            self.kernels,
+            max_rows=max_rows,
+            max_tokens=max_tokens,
+            scale=self._scale,
+            windows=self._windows,
+            record=record,
+        )
 
     @property
     def kv_bytes(self) -> int:
@@ -163,6 +179,8 @@ class Runner:
 
     def _run_layers(self, plan: StepPlan) -> StepResult:
         """All parts through the same layers, in one pass."""
+        if self._graphs is not None and not plan.pieces:
+            return self._finish(plan, [self._replay(self._graphs, plan.decode)])
         num_layers = self._forward.num_layers
         first, last = (
             (plan.pieces[0].first_layer, plan.pieces[0].last_layer) if plan.pieces else (0, num_layers)
@@ -184,6 +202,11 @@ class Runner:
             return StepResult()
         return self._finish(plan, parts)
 
+    def _replay(self, graphs: DecodeGraphs, tokens: Sequence[DecodeToken]) -> _Part:
+        step = self._decode_step(tokens)
+        hidden = graphs.run(*_ids_and_positions(tokens), step)
+        return _Part(step, hidden, hidden.new_empty(0))
+
     def _resume(self, pieces: Sequence[PrefillPiece]) -> list[_Part]:
         return [self._paused[piece.request_id] for piece in pieces]
 
@@ -202,19 +225,19 @@ class Runner:
         if plan.decode:
             mine = [token for token in plan.decode if token.home == self._sp.axis.rank]
             steps.append(self._decode_step(plan.decode))
-            ids += [token.token_id for token in mine]
-            positions += [token.position for token in mine]
+            for known, new in zip((ids, positions), _ids_and_positions(mine), strict=True):
+                known += new
             counts.append(len(mine))
         hidden, angles = (x.split(counts) for x in self._embed(ids, positions))
         parts = [_Part(*each) for each in zip(steps, hidden, angles, strict=True)]
-        if self._kernels.append_roped is not None:
+        if self.kernels.append_roped is not None:
             for part in parts:
-                part.step.angles_of = functools.partial(self._forward.angles_of, angles=part.angles)
+                part.step.rotation_of = self._forward.rotations(part.angles, part.hidden.dtype)
         return parts
 
     def _turned_by_megatron(self, layer: int, angles: Tensor) -> Tensor | None:
         """The angles by which Megatron's layer turns queries and keys: none where the kernels do."""
-        return self._forward.angles_of(layer, angles) if self._kernels.append_roped is None else None
+        return self._forward.angles_of(layer, angles) if self.kernels.append_roped is None else None
 
     def _prefill_step(self, piece: PrefillPiece) -> PrefillStep:
         rank, num_tokens = self._sp.axis.rank, piece.stop - piece.start
@@ -239,7 +262,7 @@ class Runner:
             unit=self._unit,
             turn=piece.turn,
             windows=self._windows,
-            kernels=self._kernels,
+            kernels=self.kernels,
         )
 
     def _learn(self, request_id: int, prompt: NewPrompt) -> None:
@@ -264,7 +287,7 @@ class Runner:
             rows=rows,
             scale=self._scale,
             windows=self._windows,
-            kernels=self._kernels,
+            kernels=self.kernels,
         )
 
     def _embed(self, token_ids: list[int], positions: list[int]) -> tuple[Tensor, Tensor]:
@@ -351,3 +374,7 @@ class Runner:
         except Exception:  # One request's trouble must not end the others'; its client is told.
             logger.exception("request %d could not be sampled", request_id)
             return None
+
+
+def _ids_and_positions(tokens: Sequence[DecodeToken]) -> tuple[list[int], list[int]]:
+    return [token.token_id for token in tokens], [token.position for token in tokens]

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from megatron_sps2.attention.core import AttentionStep, SequenceParallelAttention, StepContext
-from megatron_sps2.config import ModelConfig, ParallelConfig
+from megatron_sps2.config import KVCacheDType, ModelConfig, ParallelConfig
 from megatron_sps2.model.checkpoint import load_gpt
 from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.ops.attend import attend
+from megatron_sps2.ops.quantized import dequantize, quantize
 from megatron_sps2.parallel.groups import ParallelGroups
 
 
@@ -34,11 +35,16 @@ class AnswerStep:
 
     num_prompt: int
     prefill: AttentionStep
+    kv_cache_dtype: KVCacheDType = (
+        "auto"  # fp8: keys and values are rounded first, as the engine's cache does
+    )
     _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [s, 1, n, d], k and v [s, 1, n_kv, d] -> [s, 1, n, d]; the whole prompt comes first."""
         past = 0
+        if self.kv_cache_dtype == "fp8":
+            k, v = (dequantize(*quantize(x), x.dtype) for x in (k, v))
         if layer in self._kept:
             past = len(self._kept[layer][0])
             k, v = (torch.cat([old, new]) for old, new in zip(self._kept[layer], (k, v), strict=True))

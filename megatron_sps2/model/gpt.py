@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_sps2.config import ModelConfig
 from megatron_sps2.model.linear import linear, pack, pack_linears
 from megatron_sps2.model.rotary import inverse_frequencies, turned_by
+from megatron_sps2.ops.rotation import Rotation
 from megatron_sps2.parallel.collectives import Wire, gather_vocab
 from megatron_sps2.parallel.groups import axis_of
 from megatron_sps2.parallel.ledger import Ledger
@@ -87,11 +88,24 @@ class GptForward:
 
     def angles_of(self, index: int, angles: Tensor) -> Tensor | None:
         """What `layer` takes for layer `index`, of `angles`; None where it turns nothing."""
+        kind = self._kind(index)
+        return None if kind is None else angles.chunk(len(self._frequencies), dim=-1)[kind]
+
+    def rotations(self, angles: Tensor, dtype: torch.dtype) -> Callable[[int], Rotation | None]:
+        """As angles_of, ready for queries and keys of `dtype`; made once for all layers."""
+        made = [Rotation.of(each, dtype) for each in angles.chunk(max(1, len(self._frequencies)), dim=-1)]
+
+        def of(index: int) -> Rotation | None:
+            kind = self._kind(index)
+            return None if kind is None else made[kind]
+
+        return of
+
+    def _kind(self, index: int) -> int | None:
+        """Which frequencies turn a layer's queries and keys."""
         if self.model.learned_positions or index in self.model.no_rope_layers:
             return None
-        if self.model.window_rotary_base is None:
-            return angles
-        return angles.chunk(2, dim=-1)[index in self.model.window_layers]
+        return int(len(self._frequencies) > 1 and index in self.model.window_layers)
 
     @torch.inference_mode()
     def layer(self, index: int, hidden: Tensor, angles: Tensor | None) -> Tensor:

@@ -31,9 +31,7 @@ class Kernels:
     # CSA's: a class, for keys are scored first and chosen once all ranks' scores are known.
     key_selector: type[KeySelector]
     attend_kept: Callable[..., Iterator[None]]
-    # Turns queries and keys by their angles and writes keys and values, in one go: (q `[s, n, d]`, k, v `[s,
-    # n_kv, d]`, angles or None, kv, slots int64 `[s]`, -1 where nothing is kept) -> q, k. None: Megatron's
-    # layers turn them.
+    # None: Megatron's layers turn queries and keys, and write_paged keeps keys and values.
     append_roped: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
@@ -68,7 +66,21 @@ def choose_kernels(wanted: str, device: torch.device) -> Kernels:
 
 def triton_kernels() -> Kernels:
     """Loaded with its first use: triton need not be installed."""
+    from megatron_sps2.ops.kernels.append import append_roped, write_paged
     from megatron_sps2.ops.kernels.csa_attend import attend_kept
     from megatron_sps2.ops.kernels.csa_select import TritonSelector
+    from megatron_sps2.ops.kernels.decode import attend_paged
+    from megatron_sps2.ops.kernels.merge import merge_partials
+    from megatron_sps2.ops.kernels.prefill import attend_prefill
 
-    return replace(TORCH, name="triton", key_selector=TritonSelector, attend_kept=attend_kept)
+    return replace(
+        TORCH,
+        name="triton",
+        attend=attend_prefill,
+        merge=merge_partials,
+        attend_paged=attend_paged,
+        write_paged=write_paged,
+        append_roped=append_roped,
+        key_selector=TritonSelector,
+        attend_kept=attend_kept,
+    )

@@ -15,8 +15,7 @@ def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     lse = log(sum_i exp(lse_i)), out = sum_i exp(lse_i - lse) out_i, in fp32. A part that saw no key has
     lse -inf and counts nothing, whatever its out holds; rows where every part is empty give 0 and -inf.
     """
-    if outs.shape[:-1] != lses.shape:
-        raise ValueError(f"outs {tuple(outs.shape)} and lses {tuple(lses.shape)} must agree up to head_dim")
+    check_parts(outs, lses)
     lses = lses.float()
     top = lses.amax(dim=0)
     # exp(-inf - -inf) is NaN: shift empty rows by 0 instead, so that their weights are exp(-inf) = 0.
@@ -27,3 +26,9 @@ def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     # are not numbers (weight NaN) must spoil it: the answer would be wrong, and nobody told.
     out = torch.where(weights == 0, 0.0, outs.float() * weights).sum(dim=0)
     return out.to(outs.dtype), top + total.log()
+
+
+def check_parts(outs: Tensor, lses: Tensor) -> None:
+    """Raise ValueError unless there is one lse for each row of outs."""
+    if outs.shape[:-1] != lses.shape:
+        raise ValueError(f"outs {tuple(outs.shape)} and lses {tuple(lses.shape)} must agree up to head_dim")

@@ -177,7 +177,8 @@ def return_partials(
 ) -> Handle[tuple[Tensor, Tensor]]:
     """out [s, ..., n, d], lse [s, ..., n] fp32 -> [P, s/P, ..., n, d], [P, s/P, ..., n] of my tokens.
 
-    tokens[r] of the s rows are at home on rank r. One message: LSE travels as fp32 bytes beside outputs.
+    tokens[r] of the s rows are at home on rank r. One message: LSE travels as fp32 bytes beside outputs. What
+    comes is given where it lies: rows of outs and lses are views into the message.
     """
     if wire.axis.size == 1:
         return Handle(out, lambda whole: (whole[None], lse[None]), None, out)
@@ -191,13 +192,21 @@ def return_partials(
     packed = torch.cat([as_bytes(out, out_bytes), as_bytes(lse, lse_bytes)], dim=1)
 
     def finish(flat: Tensor) -> tuple[Tensor, Tensor]:
-        rows = flat.view(size * mine, out_bytes + lse_bytes)
-        outs = rows[:, :out_bytes].contiguous().view(out.dtype).view(size, mine, *out_row)
-        lses = rows[:, out_bytes:].contiguous().view(lse.dtype).view(size, mine, *lse_row)
-        return outs, lses
+        rows = flat.view(size, mine, out_bytes + lse_bytes)
+        outs = typed_rows(rows[..., :out_bytes], out.dtype)
+        lses = typed_rows(rows[..., out_bytes:], lse.dtype)
+        return outs.view(size, mine, *out_row), lses.view(size, mine, *lse_row)
 
     recv = [mine * (out_bytes + lse_bytes)] * size
     return all_to_all(wire, name, packed.split(list(tokens)), recv, finish)
+
+
+def typed_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes [..., n * itemsize] -> [..., n] of `dtype`: a view, unless a row begins between two numbers."""
+    places = (rows.storage_offset(), *rows.stride()[:-1])
+    if any(place % dtype.itemsize for place in places):
+        rows = rows.contiguous()
+    return rows.view(dtype)
 
 
 def gather_vocab(logits: Tensor, wire: Wire) -> Tensor:

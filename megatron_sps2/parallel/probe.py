@@ -86,6 +86,8 @@ def measure_pairs(axis: Axis, device: str, num_bytes: int, name: Callable[[int],
 
     `name` says which rank a message speaks of. Raises RuntimeError naming two ranks that lose each other.
     """
+    if dist.get_backend(axis.group) == "gloo":
+        device = "cpu"  # Its send and recv read a device's address as one of the host's memory.
     mine = []
     for meetings in rounds(axis.size):
         dist.barrier(axis.group)

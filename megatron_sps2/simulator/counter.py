@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sps2.attention.strategy import LOCAL, lay_out
-from megatron_sps2.config import DType, ModelConfig, ParallelConfig
+from megatron_sps2.config import DType, KVCacheDType, ModelConfig, ParallelConfig
 from megatron_sps2.csa_setting import CsaSetting
 from megatron_sps2.engine.plan import DecodeToken, PrefillPiece, StepPlan
-from megatron_sps2.engine.rank_memory import ELEMENT_SIZE
+from megatron_sps2.engine.rank_memory import ELEMENT_SIZE, kv_layer_bytes
 from megatron_sps2.parallel.layout import split_heads
 from megatron_sps2.parallel.traffic import Traffic
 from megatron_sps2.simulator.attended import CsaKeys, causal_pairs
@@ -35,6 +35,7 @@ class Counter:
     devices_per_node: int
     csa: CsaSetting | None = None
     csa_beyond: float | None = None  # see CsaKeys
+    kv_cache_dtype: KVCacheDType = "auto"
 
     def work(self, plan: StepPlan, num_ended: int | None = None) -> Work:
         """`num_ended`: prompts whose last token is in the plan; None: all that reach the last layer."""
@@ -174,7 +175,7 @@ class Counter:
         window = self.model.window or 0
         keys = (num_layers - num_windowed) * self._busiest_keys(tokens, None)
         keys += num_windowed * self._busiest_keys(tokens, window) if num_windowed else 0
-        row = 2 * self.model.num_query_groups * self.model.head_dim * self._size / self.parallel.tp_size
+        row = kv_layer_bytes(self.model, self.parallel.tp_size, self.dtype, self.kv_cache_dtype)
         work = Work(kv_bytes=keys * row, row_layers=num_layers * self._busiest_rows(tokens))
         if spread and self.parallel.sp_size > 1:
             trip = self._grid.sp_sent(self._traffic.decode(len(spread)), DECODE_COLLECTIVES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_sps2.config import CacheConfig, DType, ModelConfig, ParallelConfig, ScheduleConfig
+from megatron_sps2.config import CacheConfig, DType, KVCacheDType, ModelConfig, ParallelConfig, ScheduleConfig
 from megatron_sps2.csa_setting import PRESETS, CsaSetting
 from megatron_sps2.engine.auto_layout import GIB, USABLE
 from megatron_sps2.engine.rank_memory import RankMemory, rank_memory
@@ -61,6 +61,7 @@ class Deployment:
     setting: Setting
     longest: int  # tokens of prompt and answer
     dtype: DType = "bfloat16"
+    kv_cache_dtype: KVCacheDType = "auto"
     max_num_seqs: int = 64
     tbt_slo_ms: float | None = None  # what sps2 aims for
     csa: CsaSetting = field(default_factory=lambda: PRESETS["default"])
@@ -104,6 +105,7 @@ class Deployment:
             model=self.model,
             parallel=self.parallel,
             dtype=self.dtype,
+            kv_cache_dtype=self.kv_cache_dtype,
             devices_per_node=self.profile.devices_per_node,
             csa=self._csa,
             csa_beyond=self.csa_beyond,
@@ -126,6 +128,7 @@ class Deployment:
             self.model,
             self.parallel,
             dtype=self.dtype,
+            kv_cache_dtype=self.kv_cache_dtype,
             max_model_len=longest,
             block_size=BLOCK_SIZE,
             output_copy=not self.model.tie_embeddings,
