@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from checkpoints_tools.convert import convert
-from megatron_sps2.config import AttentionConfig, CacheConfig, ParallelConfig, SamplingParams, ScheduleConfig
+from megatron_sps2.config import (
+    KERNEL_CHOICES,
+    AttentionConfig,
+    CacheConfig,
+    KVCacheDType,
+    ParallelConfig,
+    SamplingParams,
+    ScheduleConfig,
+)
 from megatron_sps2.engine.build import build_engine
 from megatron_sps2.engine.engine_config import EngineConfig
 from tests.families import save_family
@@ -21,15 +29,6 @@ pytestmark = [pytest.mark.triton, pytest.mark.timeout(250)]
 
 PROMPTS = [prompt(length, seed=length).tolist() for length in (37, 5, 21)]
 ASKED = SamplingParams(max_tokens=4, ignore_eos=True)
-
-
-@pytest.fixture(scope="module", params=["smollm3", "gemma3"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Layers that turn nothing; windows."""
-    folder: Path = tmp_path_factory.mktemp("triton")
-    save_family(request.param, folder / "hf", **({"sliding_window": 9} if request.param == "gemma3" else {}))
-    convert(folder / "hf", folder / "megatron")
-    return str(folder / "megatron")
 
 
 def answer(config: EngineConfig) -> list[list[int]]:
@@ -48,19 +47,27 @@ def answer(config: EngineConfig) -> list[list[int]]:
     return [each.output_ids for each in (first, *others, second)]
 
 
-@pytest.mark.parametrize("sp_size", [1, 2])
-@pytest.mark.parametrize("kept", ["auto", "fp8"])
-def test_tokens_are_those_of_the_torch_set(sp_size: int, kept: str, checkpoint: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "changes", "sp_size", "kept"),
+    [("smollm3", {}, 1, "fp8"), ("gemma3", {"sliding_window": 9}, 2, "auto")],
+)
+def test_tokens_are_those_of_the_torch_set(
+    family: str, changes: dict[str, int], sp_size: int, kept: KVCacheDType, tmp_path: Path
+) -> None:
+    """Layers that turn nothing, and rounded keys; windows, and partial results that travel."""
+    save_family(family, tmp_path / "hf", **changes)
+    convert(tmp_path / "hf", tmp_path / "megatron")
     config = EngineConfig(
-        checkpoint=checkpoint,
+        checkpoint=str(tmp_path / "megatron"),
         parallel=ParallelConfig(sp_size=sp_size),
         max_model_len=120,
         schedule=ScheduleConfig(max_num_seqs=3),
         cache=CacheConfig(num_blocks=40, block_size=8),
-        kv_cache_dtype=kept,  # type: ignore[arg-type]
+        kv_cache_dtype=kept,
     )
-    torch_set, triton_set = (
-        run_ranks(sp_size, answer, replace(config, attention=AttentionConfig(kernels=kernels)))[0]  # type: ignore[arg-type]
-        for kernels in ("torch", "triton")
-    )
-    assert triton_set == torch_set and all(len(tokens) == ASKED.max_tokens for tokens in torch_set)
+    found = {
+        kernels: run_ranks(sp_size, answer, replace(config, attention=AttentionConfig(kernels=kernels)))[0]
+        for kernels in KERNEL_CHOICES[1:]
+    }
+    assert found["triton"] == found["torch"]
+    assert all(len(tokens) == ASKED.max_tokens for tokens in found["torch"])
