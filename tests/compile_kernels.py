@@ -16,7 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tests.kernel_cases import CASES, Case
+from tests.kernel_case import Case
+from tests.kernel_cases import CASES
 
 TARGET = GPUTarget("cuda", 90, 32)
 

@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 
 from megatron_sps2.ops.kernels.tiles import Tiles, choose_tiles
+from tests.kernel_case import Case
 from tests.kernel_cases_csa import csa_cases
+from tests.kernel_cases_paged import PAGED_CASES
 
 HOPPER = (9, 0)
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One compilation of `kernel` in `module` (under megatron_sps2.ops.kernels).
-
-    `signature` gives the type of each argument that is not a constant, as Triton writes it. Pointers and the
-    arguments named in `aligned` are multiples of 16, as Triton finds them in a launch.
-    """
-
-    name: str
-    module: str
-    kernel: str
-    signature: dict[str, str]
-    constants: dict[str, object]
-    num_warps: int
-    num_stages: int = 1
-    aligned: tuple[str, ...] = ()
-    # Products must run on Hopper's tensor cores, wgmma.
-    multiplies: bool = False
-    # Bytes a thread may keep in local memory; None: any, where speed does not count.
-    max_stack: int | None = field(default=0)
 
 
 def prefill_case(
@@ -101,5 +79,6 @@ CASES = [
     prefill_case("prefill fp32 d64", FP32, 64, stack=None),
     merge_case("merge bf16 d128", "bf16", "bf16", 128),
     merge_case("merge of splits d128", "fp32", "bf16", 128),
-    *csa_cases(Case),
+    *PAGED_CASES,
+    *csa_cases(),
 ]

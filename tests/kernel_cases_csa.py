@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from megatron_sps2.ops.kernels.csa_score import SEGMENTS
 from megatron_sps2.ops.kernels.csa_select import KINDS
 from megatron_sps2.ops.kernels.csa_tiles import attend_constants
+from tests.kernel_case import Case
 
-Case = TypeVar("Case")
 # By argument, its type; every other argument that is no constant is an int32.
 ELEMENT = "*bf16"
 TYPES: dict[str, dict[str, str]] = {
@@ -49,19 +48,16 @@ _DOT = {"GROUP": 4, "D": 128, "BLOCK_D": 128, "UPCAST": False, "PRECISION": "tf3
 _PROBES = {**_DOT, "PROBES": 64, "KEYS": 128}
 
 
-def csa_cases(make: Callable[..., Case]) -> list[Case]:
-    """`make` is the class of a case, tests.kernel_cases.Case."""
-    return [_case(make, *each) for each in KERNELS]
+def csa_cases() -> list[Case]:
+    return [_case(*each) for each in KERNELS]
 
 
-def _case(
-    make: Callable[..., Case], name: str, module: str, kernel: str, chosen: dict[str, Any], multiplies: bool
-) -> Case:
+def _case(name: str, module: str, kernel: str, chosen: dict[str, Any], multiplies: bool) -> Case:
     options = {"num_warps": 4, "num_stages": 3} | {x: chosen[x] for x in OPTIONS if x in chosen}
     constants = {x: value for x, value in chosen.items() if x not in OPTIONS}
     arguments = getattr(import_module(f"megatron_sps2.ops.kernels.{module}"), kernel).arg_names
     sizes = [x for x in arguments if x not in constants]
-    return make(
+    return Case(
         name=name,
         module=module,
         kernel=kernel,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from megatron_sps2.ops.kernels.decode_plan import MIN_SPLIT_TOKENS, max_splits, num_stages, tile_tokens
-from tests.kernel_cases import Case
+from tests.kernel_case import Case
 
 KV_HEADS, GROUP = 8, 4
 SCALES = {"key_scales": "*fp32", "value_scales": "*fp32"}

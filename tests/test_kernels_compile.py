@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.kernel_cases import CASES, Case  # noqa: E402
+from tests.kernel_case import Case  # noqa: E402
+from tests.kernel_cases import CASES  # noqa: E402
 
 pytestmark = [pytest.mark.triton, pytest.mark.slow]
 MAX_SHARED = 227 * 1024
