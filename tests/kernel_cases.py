@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_sps2.ops.kernels.tiles import Tiles, choose_tiles
+from tests.kernel_cases_csa import csa_cases
 
 HOPPER = (9, 0)
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -100,4 +101,5 @@ CASES = [
     prefill_case("prefill fp32 d64", FP32, 64, stack=None),
     merge_case("merge bf16 d128", "bf16", "bf16", 128),
     merge_case("merge of splits d128", "fp32", "bf16", 128),
+    *csa_cases(Case),
 ]

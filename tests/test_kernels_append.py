@@ -21,7 +21,8 @@ pytestmark = pytest.mark.triton
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NUM_SLOTS = 48
-SLOTS = [3, -1, 47, 0, 17]
+# Whoever takes -1 for 0 spoils what was just written there.
+SLOTS = [3, 0, 47, -1, 17]
 
 
 def make_kv(num_kv_heads: int, head_dim: int, dtype: torch.dtype, *, float8: bool) -> PagedKV:
@@ -130,3 +131,14 @@ def test_nothing_is_written_where_nothing_is_kept(slots: list[int]) -> None:
     for x, y in zip(found, reference.append_roped(q, k, v, rotation, copy.deepcopy(kv), places), strict=True):
         assert_same(x, y)
     assert_same_contents(kv, before)
+
+
+def test_a_small_negative_number_is_kept_as_a_negative_zero() -> None:
+    kv = make_kv(2, 64, torch.float32, float8=True)
+    other, slots = copy.deepcopy(kv), torch.tensor([5], device=DEVICE)
+    k = torch.full((1, 2, 64), -1e-6, device=DEVICE)
+    k[:, :, 0] = 448.0
+    kernels.append(kv, slots, k, -k)
+    reference.append(other, slots, k, -k)
+    assert (other.keys.view(torch.uint8)[:, 5, 1:] == 0x80).all()
+    assert_same_contents(kv, other)

@@ -127,7 +127,7 @@ class PrefillStep:
                 wire=self.wire,
                 scale=self.scale,
                 overlap=self.overlap,
-                tally=CsaTally(cache.num_layers, cache.num_kv_heads),
+                tally=CsaTally(cache.num_layers, cache.num_kv_heads, cache.device),
                 first_kv_head=self.first_kv_head,
                 kernels=self.kernels,
             )
@@ -197,5 +197,5 @@ class PrefillStep:
         lengths = self.layout.tokens_per_rank
         for head in range(k.shape[2]):
             kept, far = dilated_pairs(lengths, groups, degrees, self.first_kv_head + head)
-            run.tally.read(layer, head, kept=kept, far=far)
+            run.tally.read(layer, range(head, head + 1), kept=kept, far=far)
         return out

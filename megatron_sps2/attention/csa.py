@@ -15,6 +15,9 @@ from megatron_sps2.attention.csa_exchange import KeptKeys
 from megatron_sps2.attention.csa_run import CsaRun, HeadChunk
 from megatron_sps2.attention.prefill import PrefillShape, kv_chunks, pass_q
 
+# Messages of the next head chunk that should be on their way while this one attends.
+STAGES = 4
+
 __all__ = ["CsaRun", "csa"]
 
 
@@ -24,7 +27,7 @@ def csa(q: Tensor, k: Tensor, v: Tensor, run: CsaRun, layer: int) -> Tensor:
     sent = run.wire.ledger.total_sent
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     # Made as they come and dropped once attended: two are alive at a time.
-    chunks = (HeadChunk.cut(run, layer, heads, q, k, v) for heads in kv_chunks(k.shape[2], run.overlap))
+    chunks = (HeadChunk.cut(run, layer, heads, q, k, v) for heads in _head_chunks(k, run))
     kept = KeptKeys(next(chunks))
     _finish(kept.fetch())
     for chunk in chunks:
@@ -43,51 +46,28 @@ def csa(q: Tensor, k: Tensor, v: Tensor, run: CsaRun, layer: int) -> Tensor:
     return out
 
 
+def _head_chunks(k: Tensor, run: CsaRun) -> list[range]:
+    """On one rank nothing is under way meanwhile; a head at a time still takes less memory for its scores."""
+    alone = len(run.ranks) == 1
+    return kv_chunks(k.shape[2], run.overlap and not (alone and k.is_cuda))
+
+
 def _finish(stages: Iterator[None]) -> None:
     for _ in stages:
         pass
 
 
 def _attend(kept: KeptKeys, out: Tensor) -> Iterator[None]:
-    """Fills a chunk's heads of out [s/P, 1, n, d], segment by segment; pauses between them."""
-    chunk = kept.chunk
-    plan, spans = chunk.run.plan, chunk.run.spans
-    for segment in plan.held[chunk.run.rank]:
-        start = chunk.offset(segment)
-        rows = slice(start, start + plan.num_rows(segment))
-        if rows.stop == rows.start:
-            continue
-        place = out[rows, 0, chunk.queries]
-        with spans("local"):
-            own, own_lse = _attend_own(chunk, rows)
-        with spans("far"):
-            _attend_far(kept, segment, rows, own, own_lse, place)
-        yield
-
-
-def _attend_own(chunk: HeadChunk, rows: slice) -> tuple[Tensor, Tensor]:
-    """Causal, inside the segment: out [s, n, d], lse [s, n]."""
-    k, v = (x[:, rows].transpose(0, 1).unsqueeze(1) for x in (chunk.k, chunk.v))
-    out, lse = chunk.run.kernels.attend(chunk.q[rows].unsqueeze(1), k, v, scale=chunk.run.scale, diagonal=0)
-    return out[:, 0], lse[:, 0]
-
-
-def _attend_far(
-    kept: KeptKeys, segment: int, rows: slice, own: Tensor, own_lse: Tensor, place: Tensor
-) -> None:
-    """Own (out, lse) merged with attention to the kept keys, which are all in the past, into `place`."""
-    chunk, attend = kept.chunk, kept.chunk.run.kernels.attend
-    for head in range(len(chunk.heads)):
-        queries = slice(head * chunk.group, (head + 1) * chunk.group)
-        found = kept.of(segment, head)
-        if found is None:
-            place[:, queries] = own[:, queries]
-            continue
-        k, v = (x[:, None, None] for x in found)
-        far, far_lse = attend(chunk.q[rows, None, queries], k, v, scale=chunk.run.scale, diagonal=None)
-        # Two parts, of which the own is never empty: out = own + w (far - own), as ops.merge gives it.
-        weight = torch.sigmoid(far_lse[:, 0] - own_lse[:, queries]).unsqueeze(-1)
-        place[:, queries] = own[:, queries].float().lerp_(far[:, 0].float(), weight)
+    """Fills a chunk's heads of out [s/P, 1, n, d]; pauses now and then."""
+    chunk, run = kept.chunk, kept.chunk.run
+    yield from run.kernels.attend_kept(
+        *(chunk.q, kept.k, kept.v, kept.bits),
+        run.routes.attending,
+        out[:, 0, chunk.queries],
+        scale=run.scale,
+        num_pauses=1 if len(run.ranks) == 1 else STAGES,
+        timed=run.spans,
+    )
 
 
 def _attend_tail(q: Tensor, k: Tensor, v: Tensor, out: Tensor, run: CsaRun) -> None:

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
+from megatron_sps2.attention.csa_budget import budgets, rule_kind
 from megatron_sps2.attention.csa_plan import CsaPlan
+from megatron_sps2.attention.csa_routes import CsaRoutes
 from megatron_sps2.attention.csa_tally import CsaTally
 from megatron_sps2.attention.spans import Spans
+from megatron_sps2.ops.keep_rule import KeepRule
 from megatron_sps2.ops.kernel_set import TORCH, Kernels
 from megatron_sps2.parallel.collectives import Handle, Wire
 
+# Told (layer, KV heads, reader, kept [n_kv, m, G]) of every selection on a rank.
+Observe = Callable[[int, range, int, Tensor], None]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True)
 class CsaRun:
     """One prompt's CSA on one rank; layers come one after the other."""
 
@@ -30,8 +37,7 @@ class CsaRun:
     kernels: Kernels = TORCH
     # Of this tp rank, in the whole model: budgets and strides belong to heads of the model.
     first_kv_head: int = 0
-    # Told (layer, KV heads, reader, kept [n_kv, m, G]) of every selection here, for measuring.
-    observe: Callable[[int, range, int, Tensor], None] | None = None
+    observe: Observe | None = None  # for measuring
 
     @property
     def rank(self) -> int:
@@ -44,6 +50,27 @@ class CsaRun:
     @property
     def ranks(self) -> range:
         return range(self.wire.axis.size)
+
+    @cached_property
+    def routes(self) -> CsaRoutes:
+        return CsaRoutes(self.plan, self.rank, self.tally.device)
+
+    @cached_property
+    def _budgets(self) -> Tensor:
+        """float64 [layers, n_kv, levels or 1]; made at once, for a layer must not wait for a copy."""
+        heads = range(self.first_kv_head, self.first_kv_head + self.tally.num_kv_heads)
+        return budgets(self.plan.setting, self.tally.num_layers, heads).to(self.tally.device)
+
+    def rule(self, layer: int, heads: range) -> KeepRule:
+        """For some KV heads, counted in this tp rank."""
+        setting = self.plan.setting
+        return KeepRule(
+            kind=rule_kind(setting),
+            num_sinks=setting.num_sinks,
+            window=setting.window,
+            budgets=self._budgets[layer, heads.start : heads.stop],
+            first_head=self.first_kv_head + heads.start,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +101,6 @@ class HeadChunk:
     def queries(self) -> slice:
         """Its query heads among all of this tp rank."""
         return slice(self.heads.start * self.group, self.heads.stop * self.group)
-
-    def offset(self, segment: int) -> int:
-        """Where a segment of this rank begins in its rows: those before it are whole."""
-        return self.run.plan.num_past(self.run.rank, segment) * self.run.plan.setting.segment_size
 
     def wait(self, handle: Handle[list[list[Tensor]]]) -> list[list[Tensor]]:
         """What came, by rank; the time is booked as exchange."""

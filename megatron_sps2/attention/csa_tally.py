@@ -21,29 +21,30 @@ _NUM_SINGLES = 2 + len(CSA_SPANS)
 
 
 class CsaTally:
-    """Counts of one rank by layer and KV head of its tp rank."""
+    """Counts of one rank by layer and KV head of its tp rank; they stay on `device` until encoded."""
 
-    def __init__(self, num_layers: int, num_kv_heads: int) -> None:
-        self._counts = torch.zeros(num_layers, num_kv_heads, 4, dtype=torch.float64)
+    def __init__(self, num_layers: int, num_kv_heads: int, device: torch.device | str = "cpu") -> None:
+        self.num_layers, self.num_kv_heads, self.device = num_layers, num_kv_heads, torch.device(device)
+        self._counts = torch.zeros(num_layers, num_kv_heads, 4, dtype=torch.float64, device=device)
         self.bytes_sent = 0
         self.keys_sent = 0
         self.spans = Spans()
 
-    def read(self, layer: int, kv_head: int, *, kept: int, far: int) -> None:
-        """A reader keeps `kept` of `far` keys that lie on this rank."""
-        self._counts[layer, kv_head, _KEPT] += kept
-        self._counts[layer, kv_head, _FAR] += far
+    def read(self, layer: int, kv_heads: range, *, kept: Tensor | int, far: int) -> None:
+        """Of each of these heads, readers keep `kept` [n_kv] of `far` keys that lie on this rank."""
+        self._counts[layer, kv_heads.start : kv_heads.stop, _KEPT] += kept
+        self._counts[layer, kv_heads.start : kv_heads.stop, _FAR] += far
 
-    def mass(self, layer: int, kv_head: int, share: float, *, complete: bool) -> None:
-        """A part of the probes' attention that a reader keeps; `complete` on the reader's own rank, once."""
-        self._counts[layer, kv_head, _MASS] += share
-        self._counts[layer, kv_head, _READS] += complete
+    def mass(self, layer: int, kv_heads: range, shares: Tensor, *, reads: int) -> None:
+        """Parts [n_kv] of the probes' attention that readers keep; `reads` counts a reader once, at home."""
+        self._counts[layer, kv_heads.start : kv_heads.stop, _MASS] += shares
+        self._counts[layer, kv_heads.start : kv_heads.stop, _READS] += reads
 
     def encode(self) -> Tensor:
-        """[num_layers * n_kv * 4 + a few] float64, to be sent."""
+        """[num_layers * n_kv * 4 + a few] float64 on the host, to be sent."""
         seconds = [self.spans.seconds[name] for name in CSA_SPANS]
         singles = torch.tensor([self.bytes_sent, self.keys_sent, *seconds], dtype=torch.float64)
-        return torch.cat([self._counts.flatten(), singles])
+        return torch.cat([self._counts.flatten().cpu(), singles])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

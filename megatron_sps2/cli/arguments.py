@@ -296,6 +296,11 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what computes attention; auto: triton on CUDA devices where it is installed, else torch",
     )
+    group.add_argument(
+        "--enforce-eager",
+        action="store_true",
+        help="launch every decode step anew, also where a CUDA graph of it could be replayed",
+    )
     add_launch(parser)
 
 

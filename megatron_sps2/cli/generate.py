@@ -76,6 +76,7 @@ def engine_config(args: argparse.Namespace, max_model_len: int) -> EngineConfig:
         csa=csa_setting(args) if args.attention != "exact" else None,
         dtype=args.dtype,
         kv_cache_dtype=args.kv_cache_dtype,
+        enforce_eager=args.enforce_eager,
         max_model_len=max_model_len,
         block_size=args.block_size,
         timeout_s=args.timeout_s,

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_sps2.ops.attend import Attend, attend
+from megatron_sps2.ops.kept import KeySelector, TorchSelector, attend_kept
 from megatron_sps2.ops.merge import merge
 from megatron_sps2.ops.paged import PagedKV, Slots, attend_paged, write_paged
 
@@ -27,11 +28,22 @@ class Kernels:
     merge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     attend_paged: Callable[..., tuple[Tensor, Tensor]]
     write_paged: Callable[[PagedKV, Slots, Tensor, Tensor], None]
+    # CSA's: a class, for keys are scored first and chosen once all ranks' scores are known.
+    key_selector: type[KeySelector]
+    attend_kept: Callable[..., Iterator[None]]
     # None: Megatron's layers turn queries and keys, and write_paged keeps keys and values.
     append_roped: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
-TORCH = Kernels(name="torch", attend=attend, merge=merge, attend_paged=attend_paged, write_paged=write_paged)
+TORCH = Kernels(
+    name="torch",
+    attend=attend,
+    merge=merge,
+    attend_paged=attend_paged,
+    write_paged=write_paged,
+    key_selector=TorchSelector,
+    attend_kept=attend_kept,
+)
 
 
 def choose_kernels(wanted: str, device: torch.device) -> Kernels:
@@ -55,6 +67,8 @@ def choose_kernels(wanted: str, device: torch.device) -> Kernels:
 def triton_kernels() -> Kernels:
     """Loaded with its first use: triton need not be installed."""
     from megatron_sps2.ops.kernels.append import append_roped, write_paged
+    from megatron_sps2.ops.kernels.csa_attend import attend_kept
+    from megatron_sps2.ops.kernels.csa_select import TritonSelector
     from megatron_sps2.ops.kernels.decode import attend_paged
     from megatron_sps2.ops.kernels.merge import merge_partials
     from megatron_sps2.ops.kernels.prefill import attend_prefill
@@ -67,4 +81,6 @@ def triton_kernels() -> Kernels:
         attend_paged=attend_paged,
         write_paged=write_paged,
         append_roped=append_roped,
+        key_selector=TritonSelector,
+        attend_kept=attend_kept,
     )

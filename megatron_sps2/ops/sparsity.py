@@ -130,12 +130,19 @@ def _nothing(sums: Tensor) -> Tensor:
 
 
 def pack_bits(x: Tensor) -> Tensor:
-    """bool `[..., G]`, G a multiple of 8 -> uint8 `[..., G / 8]`."""
-    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=x.device)
-    return (x.unflatten(-1, (-1, 8)) * places).sum(-1, dtype=torch.uint8)
+    """bool `[..., G]`, G a multiple of 8 -> uint8 `[..., G / 8]`; the first key is the lowest bit."""
+    if x.device.type == "cpu":
+        return torch.from_numpy(np.packbits(x.numpy(), axis=-1, bitorder="little"))
+    return (x.unflatten(-1, (-1, 8)) * _places(x)).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(x: Tensor) -> Tensor:
     """The inverse of pack_bits."""
-    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=x.device)
-    return (x.unsqueeze(-1) & places).ne(0).flatten(-2)
+    if x.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(x.numpy(), axis=-1, bitorder="little").view(np.bool_))
+    return (x.unsqueeze(-1) & _places(x)).ne(0).flatten(-2)
+
+
+def _places(x: Tensor) -> Tensor:
+    """1, 2, 4 ... 128, made on the device: nothing waits for the host."""
+    return 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)

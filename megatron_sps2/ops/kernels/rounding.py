@@ -26,7 +26,9 @@ def _rounded_to(x, MANTISSA: tl.constexpr, LEAST_EXPONENT: tl.constexpr):
 
     1.5 * 2^(23 - MANTISSA) times x's power of two, added, leaves just these bits; subtracted, it is gone.
     """
-    exponent = x.to(tl.int32, bitcast=True) & 0x7F800000
-    exponent = tl.maximum(exponent, (LEAST_EXPONENT + 127) << 23)
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = tl.maximum(bits & 0x7F800000, (LEAST_EXPONENT + 127) << 23)
     large = (exponent + ((23 - MANTISSA) << 23) | 0x400000).to(tl.float32, bitcast=True)
-    return (x + large) - large
+    found = ((x + large) - large).to(tl.int32, bitcast=True)
+    # What rounds to zero keeps its sign.
+    return (found & 0x7FFFFFFF | bits & -0x80000000).to(tl.float32, bitcast=True)

@@ -1,0 +1,160 @@
+"""A whole layer of CSA with the Triton set: what the torch set gives, and no wait for the host on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+from megatron_sps2.attention.csa import CsaRun, csa  # noqa: E402
+from megatron_sps2.attention.csa_plan import CsaPlan  # noqa: E402
+from megatron_sps2.attention.csa_tally import CsaTally  # noqa: E402
+from megatron_sps2.ops.kernel_set import TORCH, Kernels, triton_kernels  # noqa: E402
+from megatron_sps2.parallel.collectives import Wire  # noqa: E402
+from megatron_sps2.parallel.ledger import Ledger  # noqa: E402
+from tests.ranks import run_ranks  # noqa: E402
+from tests.test_csa import (  # noqa: E402
+    ALONE,
+    LAYER,
+    NUM_LAYERS,
+    SCALE,
+    SETTINGS,
+    TOLERANCE,
+    Case,
+    Ran,
+    at_sp_1,
+    qkv,
+    report_of,
+    run_case,
+    sp_axis,
+    whole,
+)
+
+pytestmark = pytest.mark.triton
+CASES = [
+    Case("strided", 57, 6, 2),
+    Case("fixed by table", 57, 4, 4),
+    Case("adaptive by table", 73, 4, 2),
+    Case("adaptive, more probes than rows", 57, 3, 1),
+    Case("none without probes", 57, 3, 1),
+    Case("tail longer than the last segments", 73, 6, 2),
+]
+
+
+def same(found: list[Ran], case: Case) -> None:
+    """What all ranks gave is what one rank gives with the torch set: outputs, keys kept and mass measured."""
+    want = at_sp_1(case)
+    torch.testing.assert_close(whole(found, case), want.out, atol=TOLERANCE, rtol=0)
+    got, wanted = report_of(found), report_of([want])
+    assert got.density_table == wanted.density_table
+    for one, other in zip(got.mass_table[LAYER], wanted.mass_table[LAYER], strict=True):
+        assert one == (other if other is None else pytest.approx(other, abs=1e-6)), case
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.setting)
+def test_a_layer_is_the_torch_sets(case: Case) -> None:
+    same([run_case(case, ALONE, kernels=triton_kernels())], case)
+
+
+def run_on_rank(cases: list[Case]) -> list[Ran]:
+    axis = sp_axis()
+    return [
+        run_case(case, axis, overlap=i % 2 == 0, kernels=triton_kernels()) for i, case in enumerate(cases)
+    ]
+
+
+def test_two_ranks_give_what_one_gives_with_the_torch_set() -> None:
+    for case, found in zip(CASES[1:4], zip(*run_ranks(2, run_on_rank, CASES[1:4]), strict=True), strict=True):
+        assert sum(ran.keys_sent for ran in found) > 0
+        same(list(found), case)
+
+
+def test_control_settings_differ_by_more_than_the_tolerance() -> None:
+    case = CASES[2]
+    other = at_sp_1(Case("strided", case.num_tokens, case.n, case.n_kv))
+    assert (other.out - at_sp_1(case).out).abs().max() > 100 * TOLERANCE
+
+
+class HostWait(AssertionError):
+    """An operator for which the host would wait for the device."""
+
+
+class NoHostWaits(TorchDispatchMode):
+    """Fails on operators that need a number of a tensor, or as many results as it says, on the host."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        indices = (
+            [x for x in args[1] if x is not None] if name in ("index", "index_put", "index_put_") else []
+        )
+        moves = name == "_to_copy" and kwargs.get("device", args[0].device) != args[0].device
+        if (
+            name in ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+            or any(index.dtype in (torch.bool, torch.uint8) for index in indices)
+            or (
+                name == "repeat_interleave" and isinstance(args[0], Tensor) and func._overloadname == "Tensor"
+            )
+            or moves
+        ):
+            raise HostWait(str(func))
+        return func(*args, **kwargs)
+
+
+def two_layers(
+    kernels: Kernels, device: torch.device, watch: Callable[[], Any], case: Case = CASES[2]
+) -> CsaTally:
+    """The second one is watched: what is made once for a prompt is made by then."""
+    tensors = [x.to(device) for x in qkv(case.num_tokens, case.n, case.n_kv)]
+    plan, tally = CsaPlan(case.chosen, case.num_tokens, 1), CsaTally(NUM_LAYERS, case.n_kv, device)
+    wire = Wire(ALONE, Ledger())
+    run = CsaRun(plan=plan, wire=wire, scale=SCALE, overlap=True, tally=tally, kernels=kernels)
+    csa(*tensors, run, 0)
+    with watch():
+        csa(*tensors, run, LAYER)
+    return tally
+
+
+@pytest.mark.parametrize("case", CASES[1:5], ids=lambda case: case.setting)
+def test_on_one_rank_no_operator_of_a_layer_waits_for_the_host(case: Case) -> None:
+    tally = two_layers(triton_kernels(), torch.device("cpu"), NoHostWaits, case)
+    assert tally.encode().isfinite().all()
+
+
+def test_control_the_torch_set_waits() -> None:
+    with pytest.raises(HostWait):
+        two_layers(TORCH, torch.device("cpu"), NoHostWaits)
+
+
+@contextmanager
+def cuda_waits_are_errors() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_layer_never_waits() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    device = torch.device("cuda")
+    assert two_layers(triton_kernels(), device, cuda_waits_are_errors).encode().isfinite().all()
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        two_layers(TORCH, device, cuda_waits_are_errors)
+
+
+def test_every_rule_is_among_the_cases() -> None:
+    kinds = {(case.chosen.selector, case.chosen.is_adaptive) for case in CASES}
+    assert kinds == {("strided", False), ("scored", False), ("scored", True), ("none", False)}
+    assert all(case.setting in SETTINGS for case in CASES)
