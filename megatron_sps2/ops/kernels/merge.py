@@ -30,8 +30,6 @@ def merge_as(dtype: torch.dtype, outs: Tensor, lses: Tensor) -> tuple[Tensor, Te
     assert outs.stride(-1) == 1, outs.stride()
     out = outs.new_empty(outs.shape[1:], dtype=dtype)
     lse = lses.new_empty(lses.shape[1:], dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
     # [p, rows, heads, d]: views, unless there are more dims than two and their strides do not fit together.
     outs, lses = (x[(slice(None), *[None] * (3 - lses.dim()))] for x in (outs, lses))
     outs, lses = outs.flatten(2, -2), lses.flatten(2)
