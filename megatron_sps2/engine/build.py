@@ -24,6 +24,7 @@ from megatron_sps2.engine.decode_graph import CudaRecorder
 from megatron_sps2.engine.dry_prefill import DryPrefill
 from megatron_sps2.engine.engine import Engine, Place
 from megatron_sps2.engine.engine_config import EngineConfig
+from megatron_sps2.engine.kernel_check import Heads, check_kernels, with_libraries
 from megatron_sps2.engine.measured_cache import measured_cache, run_dry
 from megatron_sps2.engine.runner import Runner
 from megatron_sps2.engine.scheduler import Scheduler
@@ -32,7 +33,8 @@ from megatron_sps2.model.checkpoint import load_gpt
 from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.model.heap import keep_freed_memory
 from megatron_sps2.model.manifest import load_model_config, read_manifest
-from megatron_sps2.ops.kernel_set import Kernels, choose_kernels
+from megatron_sps2.ops.kernel_set import TORCH, Kernels, choose_kernels
+from megatron_sps2.ops.kernels.fastest import preferred_libraries
 from megatron_sps2.parallel.collectives import Wire, gather_objects, leave_together
 from megatron_sps2.parallel.groups import ParallelGroups, world_axis
 from megatron_sps2.parallel.ledger import Ledger
@@ -162,6 +164,11 @@ def make_runner(
 ) -> Runner:
     """What runs steps on this rank; all that it sends is booked where `sp` books."""
     device = torch.device(config.device)
+    kernels = choose_kernels(config.attention.kernels, device)
+    if kernels.name != TORCH.name:
+        heads = heads_of(config, forward.model)
+        check_kernels(kernels, heads)
+        kernels = with_libraries(kernels, preferred_libraries(device), heads)
     return Runner(
         forward,
         cache,
@@ -173,7 +180,20 @@ def make_runner(
         csa=config.csa,
         tp_rank=groups.tp.rank,
         unit=cache.config.block_size if config.schedule.prefix_caching else 1,
-        kernels=choose_kernels(config.attention.kernels, device),
+        kernels=kernels,
+    )
+
+
+def heads_of(config: EngineConfig, model: ModelConfig) -> Heads:
+    """What kernels meet on a rank."""
+    return Heads(
+        num_heads=model.num_attention_heads // config.parallel.tp_size,
+        num_kv_heads=model.num_query_groups // config.parallel.tp_size,
+        head_dim=model.head_dim,
+        dtype=getattr(torch, config.dtype),
+        block_size=config.cache.block_size if config.cache else config.block_size,
+        fp8=config.kv_cache_dtype == "fp8",
+        device=torch.device(config.device),
     )
 
 

@@ -1,0 +1,186 @@
+"""Every kernel of a set against the torch set, on this rank's device, before anything is served.
+
+Small random inputs of the model's own heads. A kernel that a card, a driver or a compiler makes wrong would
+otherwise give fluent nonsense, and nobody would be told.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_sps2.attention.csa import CsaRun, csa
+from megatron_sps2.attention.csa_plan import CsaPlan
+from megatron_sps2.attention.csa_tally import CsaTally
+from megatron_sps2.csa_setting import CsaSetting
+from megatron_sps2.ops.append import append_roped
+from megatron_sps2.ops.attend import attend_reference
+from megatron_sps2.ops.kernel_set import TORCH, Kernels
+from megatron_sps2.ops.kernels.fastest import attend_fastest
+from megatron_sps2.ops.kernels.library import Library
+from megatron_sps2.ops.merge import merge
+from megatron_sps2.ops.paged import PagedKV, PagedRows, attend_paged_reference
+from megatron_sps2.ops.rotation import Rotation
+from megatron_sps2.parallel.collectives import Wire
+from megatron_sps2.parallel.groups import Axis
+from megatron_sps2.parallel.ledger import Ledger
+
+logger = logging.getLogger(__name__)
+
+# Root mean square of the difference over that of what is right. bf16 rounds weights and outputs to 2^-9.
+LIMITS = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
+NUM_BLOCKS = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """Of one tp rank, and how its cache keeps them."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    block_size: int
+    fp8: bool
+    device: torch.device
+
+
+def check_kernels(kernels: Kernels, heads: Heads) -> None:
+    """Raises RuntimeError naming the kernel that differs from the torch set, and by how much."""
+    limit = LIMITS[heads.dtype]
+    for name, check in CHECKS.items():
+        for found, wanted in check(kernels, heads):
+            error = relative_error(found, wanted)
+            if not error <= limit:  # NaN, too
+                raise RuntimeError(
+                    f"kernel {name} of the set {kernels.name!r} is off by {error:.1e}, over {limit:.0e}, "
+                    f"with {heads}; use --kernels torch, and report it"
+                )
+
+
+def with_libraries(kernels: Kernels, libraries: Sequence[Library], heads: Heads) -> Kernels:
+    """The set with those of `libraries` whose prefill attention is right here; the others are logged."""
+    trusted = list[Library]()
+    for library in libraries:
+        try:
+            pairs = _check_attend(_with(kernels, [library]), heads)
+            error = max(relative_error(found, wanted) for found, wanted in pairs)
+        except Exception as problem:  # A library may fail in any way; ours is there, too.
+            logger.warning("%s is not used for attention: %s", library.name, problem)
+            continue
+        if error <= LIMITS[heads.dtype]:
+            trusted.append(library)
+        else:
+            logger.warning("%s is not used for attention: off by %.1e", library.name, error)
+    return _with(kernels, trusted) if trusted else kernels
+
+
+def _with(kernels: Kernels, libraries: Sequence[Library]) -> Kernels:
+    attend = functools.partial(attend_fastest, libraries=libraries, otherwise=kernels.attend)
+    return replace(kernels, attend=attend)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """0 for equal ones; NaN if any number is."""
+    difference = (found.double() - wanted.double()).square().mean().sqrt()
+    return float(difference / wanted.double().square().mean().sqrt().clamp_min(1e-30))
+
+
+def _check_attend(kernels: Kernels, heads: Heads) -> Iterator[tuple[Tensor, Tensor]]:
+    """Causal prompts, some that follow others, some queries over all keys."""
+    for sq, sk, diagonal in (
+        (200, 200, 0),
+        (150, 300, 150),
+        (70, 300, 230),
+        (140, 90, None),
+        (16, 1100, None),
+    ):
+        q, k, v = _qkv(heads, sq, sk)
+        x = {"scale": heads.head_dim**-0.5, "diagonal": diagonal}
+        found = kernels.attend(q[:, None], k[:, None], lambda v=v: v[:, None], **x)
+        yield from zip(found, attend_reference(q[:, None], k[:, None], v[:, None], **x), strict=True)
+
+
+def _check_merge(kernels: Kernels, heads: Heads) -> Iterator[tuple[Tensor, Tensor]]:
+    outs = _random(heads, 3, 40, heads.num_heads, heads.head_dim)
+    lses = _random(heads, 3, 40, heads.num_heads).float() * 3
+    lses[1, :9] = -torch.inf
+    yield from zip(kernels.merge(outs, lses), merge(outs, lses), strict=True)
+
+
+def _check_paged(kernels: Kernels, heads: Heads) -> Iterator[tuple[Tensor, Tensor]]:
+    """New tokens turned and kept, in blocks out of order; then rows of mixed lengths that read them."""
+    size, device = heads.block_size, heads.device
+    blocks = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(3)).tolist()
+    slots = torch.tensor([block * size + i for block in blocks for i in range(size)], device=device)
+    q, k, v = _qkv(heads, len(slots), len(slots))
+    angles = torch.arange(len(slots), device=device)[:, None] * torch.rand(heads.head_dim, device=device)
+    rotation = Rotation.of(angles, heads.dtype)
+    kept, wanted = _pages(heads), _pages(heads)
+    turned = append_roped(q, k, v, rotation, wanted, slots)
+    if kernels.append_roped is not None:
+        yield from zip(kernels.append_roped(q, k, v, rotation, kept, slots), turned, strict=True)
+        yield from zip(
+            (part.float() for part in kept.parts), (part.float() for part in wanted.parts), strict=True
+        )
+    last = len(slots) - 1
+    rows = PagedRows([blocks[:1], blocks, blocks], [0, 0, last // 2], [1, last, last + 1], size)
+    x = {"scale": heads.head_dim**-0.5}
+    yield from zip(
+        kernels.attend_paged(q[:3], wanted, rows, **x),
+        attend_paged_reference(q[:3], wanted, rows, **x),
+        strict=True,
+    )
+
+
+def _check_csa(kernels: Kernels, heads: Heads) -> Iterator[tuple[Tensor, Tensor]]:
+    """A layer of a prompt of five segments: its keys scored, chosen and attended."""
+    setting = CsaSetting(segment_size=64, num_sinks=2, window=9, tail=5, num_probes=8, floor=0.9)
+    q, k, v = (x[:, None] for x in _qkv(heads, 300, 300))
+    wire = Wire(Axis(None, 0, 1, (0,)), Ledger())  # type: ignore[arg-type]  # nothing travels
+    outs = []
+    for each in (kernels, TORCH):
+        run = CsaRun(
+            plan=CsaPlan(setting, len(q), 1),
+            wire=wire,
+            scale=heads.head_dim**-0.5,
+            overlap=False,
+            tally=CsaTally(1, heads.num_kv_heads, heads.device),
+            kernels=each,
+        )
+        outs.append(csa(q, k, v, run, 0))
+    yield outs[0], outs[1]
+
+
+CHECKS: dict[str, Callable[[Kernels, Heads], Iterator[tuple[Tensor, Tensor]]]] = {
+    "attend": _check_attend,
+    "merge": _check_merge,
+    "attend_paged": _check_paged,
+    "csa": _check_csa,
+}
+
+
+def _qkv(heads: Heads, sq: int, sk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q [sq, n, d], k and v [sk, n_kv, d]"""
+    kv = (sk, heads.num_kv_heads, heads.head_dim)
+    return _random(heads, sq, heads.num_heads, heads.head_dim), _random(heads, *kv), _random(heads, *kv)
+
+
+def _random(heads: Heads, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(heads.device, heads.dtype)
+
+
+def _pages(heads: Heads) -> PagedKV:
+    shape = heads.num_kv_heads, NUM_BLOCKS * heads.block_size, heads.head_dim
+    dtype = torch.float8_e4m3fn if heads.fp8 else heads.dtype
+    keys, values = (torch.zeros(shape, dtype=dtype, device=heads.device) for _ in "kv")
+    if not heads.fp8:
+        return PagedKV(keys, values, heads.block_size)
+    scales = (torch.zeros(shape[:2], device=heads.device) for _ in "kv")
+    return PagedKV(keys, values, heads.block_size, *scales)

@@ -1,0 +1,102 @@
+"""The check of kernels before anything is served: right ones pass, each kind of wrong one is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sps2.engine.kernel_check import Heads, check_kernels, with_libraries
+from megatron_sps2.ops.append import append_roped
+from megatron_sps2.ops.kernel_set import TORCH, triton_kernels
+from megatron_sps2.ops.kernels.library import Library
+from tests.test_kernels_library import corner_attention
+
+HEADS = Heads(
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=16,
+    dtype=torch.float32,
+    block_size=8,
+    fp8=False,
+    device=torch.device("cpu"),
+)
+BY_SLOT = replace(TORCH, append_roped=append_roped)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_torch_set_passes(dtype: torch.dtype, fp8: bool) -> None:
+    check_kernels(BY_SLOT, replace(HEADS, dtype=dtype, fp8=fp8))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_triton_set_passes(fp8: bool) -> None:
+    pytest.importorskip("triton")
+    check_kernels(triton_kernels(), replace(HEADS, fp8=fp8))
+
+
+def late(name: str, spoil: Callable[[Any], Any]) -> dict[str, Any]:
+    """A function of the set whose result is spoiled."""
+    right = getattr(BY_SLOT, name)
+    return {name: lambda *args, **more: spoil(right(*args, **more))}
+
+
+def spoil_last(pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    pair[0][-1].mul_(3)
+    return pair
+
+
+def forget(*args: Any) -> Any:
+    """Turns, and keeps nothing."""
+    q, k, v, rotation, kv, slots = args
+    return append_roped(q, k, v, rotation, kv, torch.full_like(slots, -1))
+
+
+def library(name: str, run: Any) -> Library:
+    return Library(name=name, package="torch", run=run, max_head_dim=128, square=False)
+
+
+def test_libraries_that_are_right_here_come_first_and_others_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    calls: list[str] = []
+
+    def right(*args: Any) -> Any:
+        calls.append("right")
+        return corner_attention(*args)
+
+    def raises(*_: Any) -> Any:
+        raise NotImplementedError("no such card")
+
+    bf16 = replace(HEADS, dtype=torch.bfloat16)
+    wrong = library("wrong", lambda q, k, v, scale, causal: corner_attention(q, k, v, 2 * scale, causal))
+    ready = with_libraries(BY_SLOT, [wrong, library("raises", raises), library("right", right)], bf16)
+    assert "wrong is not used for attention: off by" in caplog.text
+    assert "raises is not used for attention: no such card" in caplog.text
+    calls.clear()
+    check_kernels(ready, bf16)
+    assert calls, "the library that is right serves"
+    assert with_libraries(BY_SLOT, [wrong], bf16) is BY_SLOT
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("attend", late("attend", spoil_last)),
+        ("attend", {"attend": lambda q, k, v, **x: TORCH.attend(q, k, v, **{**x, "diagonal": None})}),
+        ("attend", late("attend", lambda pair: (pair[0] * torch.nan, pair[1]))),
+        ("merge", late("merge", lambda pair: (pair[0], pair[1] + 1))),
+        ("attend_paged", late("attend_paged", spoil_last)),
+        ("attend_paged", late("append_roped", lambda pair: (pair[0], pair[1].flip(-1)))),
+        ("attend_paged", {"append_roped": forget}),
+        ("csa", {"attend_kept": lambda *_, **__: iter(())}),
+    ],
+)
+def test_control_a_wrong_kernel_is_named(name: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError, match=f"kernel {name} of the set 'torch' is off by .*--kernels torch"):
+        check_kernels(replace(BY_SLOT, **changes), HEADS)
