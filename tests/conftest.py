@@ -15,6 +15,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Workers share the cores; a thread each, as waiting threads spin.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 
 def cache_folder() -> Path:
     """Where `make model` puts SmolLM2."""
