@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_sps2.attention.core import SequenceParallelAttention, StepContext
-from megatron_sps2.config import ModelConfig, SamplingParams, ScheduleConfig
+from megatron_sps2.config import AttentionConfig, ModelConfig, SamplingParams, ScheduleConfig
 from megatron_sps2.engine.build import EngineConfig, assemble
 from megatron_sps2.engine.runner import Runner, _Ask
 from megatron_sps2.engine.sampler import SampledToken
@@ -124,6 +124,8 @@ def _serve(model: ModelConfig, device: str, dtype: str, patches: Callable[[], An
         dtype=dtype,  # type: ignore[arg-type]
         device=device,
         max_model_len=2048,
+        attention=AttentionConfig(kernels="torch"),
+        enforce_eager=True,
         schedule=ScheduleConfig(max_num_seqs=len(PROMPT_LENGTHS)),
     )
     groups, context = ParallelGroups.create(config.parallel), StepContext()

@@ -38,6 +38,9 @@ from tests.test_csa import (  # noqa: E402
 )
 
 pytestmark = pytest.mark.triton
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="runs on CPU tensors, in Triton's interpreter"
+)
 CASES = [
     Case("strided", 57, 6, 2),
     Case("fixed by table", 57, 4, 4),
@@ -58,6 +61,7 @@ def same(found: list[Ran], case: Case) -> None:
         assert one == (other if other is None else pytest.approx(other, abs=1e-6)), case
 
 
+@interpreted
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.setting)
 def test_a_layer_is_the_torch_sets(case: Case) -> None:
     same([run_case(case, ALONE, kernels=triton_kernels())], case)
@@ -70,12 +74,14 @@ def run_on_rank(cases: list[Case]) -> list[Ran]:
     ]
 
 
+@interpreted
 def test_two_ranks_give_what_one_gives_with_the_torch_set() -> None:
     for case, found in zip(CASES[1:4], zip(*run_ranks(2, run_on_rank, CASES[1:4]), strict=True), strict=True):
         assert sum(ran.keys_sent for ran in found) > 0
         same(list(found), case)
 
 
+@interpreted
 def test_control_settings_differ_by_more_than_the_tolerance() -> None:
     case = CASES[2]
     other = at_sp_1(Case("strided", case.num_tokens, case.n, case.n_kv))
@@ -124,12 +130,14 @@ def two_layers(
     return tally
 
 
+@interpreted
 @pytest.mark.parametrize("case", CASES[1:5], ids=lambda case: case.setting)
 def test_on_one_rank_no_operator_of_a_layer_waits_for_the_host(case: Case) -> None:
     tally = two_layers(triton_kernels(), torch.device("cpu"), NoHostWaits, case)
     assert tally.encode().isfinite().all()
 
 
+@interpreted
 def test_control_the_torch_set_waits() -> None:
     with pytest.raises(HostWait):
         two_layers(TORCH, torch.device("cpu"), NoHostWaits)
@@ -154,6 +162,7 @@ def test_on_a_gpu_a_layer_never_waits() -> None:
         two_layers(TORCH, device, cuda_waits_are_errors)
 
 
+@interpreted
 def test_every_rule_is_among_the_cases() -> None:
     kinds = {(case.chosen.selector, case.chosen.is_adaptive) for case in CASES}
     assert kinds == {("strided", False), ("scored", False), ("scored", True), ("none", False)}

@@ -19,7 +19,10 @@ from megatron_sps2.ops.kernels.csa_select import TritonSelector, choose, limits_
 from megatron_sps2.ops.reads import Reads  # noqa: E402
 from tests.csa_shapes import CPU, SHAPES, Shape, rule  # noqa: E402
 
-pytestmark = pytest.mark.triton
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="runs on CPU tensors, in Triton's interpreter"),
+]
 KINDS: list[RuleKind] = ["none", "strided", "floor", "best"]
 # Sinks and windows, by shape: none, less than a segment, and more than one.
 ALWAYS = [(0, 0), (2, 5), (0, 0), (3, 20), (2, 5), (0, 50)]

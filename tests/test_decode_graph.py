@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -17,13 +19,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from checkpoints_tools.convert import convert
 from megatron_sps2.attention.core import SequenceParallelAttention, StepContext
 from megatron_sps2.attention.static_decode import StaticBatch
-from megatron_sps2.config import ParallelConfig
+from megatron_sps2.config import ModelConfig, ParallelConfig
 from megatron_sps2.engine.build import assemble, records_decode
 from megatron_sps2.engine.decode_graph import bucket_sizes
 from megatron_sps2.engine.engine_config import EngineConfig
 from megatron_sps2.model.checkpoint import load_gpt
 from megatron_sps2.ops.append import append_roped
-from megatron_sps2.ops.kernel_set import TORCH
+from megatron_sps2.ops.kernel_set import TORCH, Kernels
 from megatron_sps2.ops.paged import attend_paged_reference
 from megatron_sps2.parallel.groups import ParallelGroups
 from tests.families import save_family
@@ -43,18 +45,22 @@ def test_every_batch_finds_a_size_that_is_recorded(max_rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "kernels", "num_ranks", "eager", "recorded"),
+    ("device", "kernels", "num_ranks", "num_experts", "eager", "recorded"),
     [
-        ("cuda:0", RECORDABLE, 1, False, True),
-        ("cuda:0", RECORDABLE, 1, True, False),
-        ("cuda:0", RECORDABLE, 2, False, False),
-        ("cuda:0", TORCH, 1, False, False),
-        ("cpu", RECORDABLE, 1, False, False),
+        ("cuda:0", RECORDABLE, 1, 0, False, True),
+        ("cuda:0", RECORDABLE, 1, 0, True, False),
+        ("cuda:0", RECORDABLE, 2, 0, False, False),
+        ("cuda:0", RECORDABLE, 1, 4, False, False),
+        ("cuda:0", TORCH, 1, 0, False, False),
+        ("cpu", RECORDABLE, 1, 0, False, False),
     ],
 )
-def test_only_a_rank_alone_on_a_cuda_device_records(device, kernels, num_ranks, eager, recorded) -> None:  # type: ignore[no-untyped-def]
+def test_only_a_dense_model_of_a_rank_alone_on_a_cuda_device_is_recorded(
+    device: str, kernels: Kernels, num_ranks: int, num_experts: int, eager: bool, recorded: bool
+) -> None:
     config = EngineConfig(checkpoint="", device=device, enforce_eager=eager)
-    assert records_decode(config, kernels, num_ranks) is recorded
+    model = cast(ModelConfig, SimpleNamespace(num_experts=num_experts))
+    assert records_decode(config, model, kernels, num_ranks) is recorded
 
 
 class Traced:

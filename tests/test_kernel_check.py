@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sps2.engine.kernel_check import Heads, check_kernels, with_libraries
+from megatron_sps2.engine.kernel_check import Heads, check_kernels, right_libraries
 from megatron_sps2.ops.append import append_roped
 from megatron_sps2.ops.kernel_set import TORCH, triton_kernels
+from megatron_sps2.ops.kernels.fastest import attend_fastest
 from megatron_sps2.ops.kernels.library import Library
 from tests.test_kernels_library import corner_attention
 
@@ -34,6 +35,7 @@ def test_the_torch_set_passes(dtype: torch.dtype, fp8: bool) -> None:
 
 
 @pytest.mark.triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs on CPU tensors, in Triton's interpreter")
 @pytest.mark.parametrize("fp8", [False, True])
 def test_the_triton_set_passes(fp8: bool) -> None:
     pytest.importorskip("triton")
@@ -64,24 +66,41 @@ def library(name: str, run: Any) -> Library:
 def test_libraries_that_are_right_here_come_first_and_others_are_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    calls: list[str] = []
-
-    def right(*args: Any) -> Any:
-        calls.append("right")
-        return corner_attention(*args)
-
     def raises(*_: Any) -> Any:
         raise NotImplementedError("no such card")
 
     bf16 = replace(HEADS, dtype=torch.bfloat16)
     wrong = library("wrong", lambda q, k, v, scale, causal: corner_attention(q, k, v, 2 * scale, causal))
-    ready = with_libraries(BY_SLOT, [wrong, library("raises", raises), library("right", right)], bf16)
+    right = library("right", corner_attention)
+    assert right_libraries([wrong, library("raises", raises), right], bf16) == [right]
     assert "wrong is not used for attention: off by" in caplog.text
     assert "raises is not used for attention: no such card" in caplog.text
-    calls.clear()
-    check_kernels(ready, bf16)
-    assert calls, "the library that is right serves"
-    assert with_libraries(BY_SLOT, [wrong], bf16) is BY_SLOT
+    assert right_libraries([right], HEADS) == [], "libraries serve no fp32: nothing was tried"
+
+
+@pytest.mark.parametrize(
+    ("name", "sq", "sk", "diagonal", "by_library"),
+    [
+        ("flash-attention-3", 128, 500, 372, True),
+        ("flash-attention-3", 127, 500, 373, False),
+        ("cudnn", 16384, 16384, 0, True),
+        ("cudnn", 16383, 16383, 0, False),
+        ("cudnn", 16384, 3, None, False),
+    ],
+)
+def test_a_library_gets_the_calls_that_it_is_preferred_for(
+    name: str, sq: int, sk: int, diagonal: int | None, by_library: bool
+) -> None:
+    q, k = (torch.empty(s, 1, 1, 16, dtype=torch.bfloat16) for s in (sq, sk))
+    asked = library(name, lambda q, k, v, scale, causal: (q, q.new_zeros(1, 1, sq)))
+    ours: list[int] = []
+
+    def otherwise(*_: Any, **__: Any) -> Any:
+        ours.append(1)
+        return q, q
+
+    attend_fastest(q, k, k, scale=1.0, diagonal=diagonal, libraries=[asked], otherwise=otherwise)
+    assert (not ours) is by_library
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from megatron_sps2.engine.device_memory import DeviceMemory
 from megatron_sps2.engine.dry_prefill import dry_prefills, largest_step, layers_of_each_kind
 from megatron_sps2.engine.engine import Engine
 from megatron_sps2.engine.fitting_cache import Room, fit_cache
+from megatron_sps2.engine.measured_cache import shared_device
 from megatron_sps2.engine.rank_memory import kv_layer_bytes
 from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.simulator.shapes import SHAPES
@@ -78,6 +79,14 @@ def test_less_than_one_request_is_refused_with_all_numbers() -> None:
     with pytest.raises(ValueError) as caught:
         fit_cache(config(kv_cache_dtype="fp8"), GIB, [Room(total=GIB, used=3 * GIB)])
     assert "has -2.10 GiB" in str(caught.value) and "fp8" not in str(caught.value)
+
+
+def test_ranks_that_share_a_device_are_told_to_say_the_size() -> None:
+    places = [("a", "cuda:0"), ("a", "cuda:1"), ("b", "cuda:0"), ("b", "cuda:1"), ("b", "cuda:0")]
+    assert shared_device(places[:4]) == ""
+    assert shared_device(places).startswith(
+        "ranks 2 and 4 share cuda:0 of b"
+    ) and "--kv-cache-gib" in shared_device(places)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, 1.01])

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from checkpoints_tools.convert import convert
 from megatron_sps2.config import (
@@ -25,7 +26,11 @@ from tests.test_engine import finish_all
 from tests.tiny_llama import prompt
 
 pytest.importorskip("triton")
-pytestmark = [pytest.mark.triton, pytest.mark.timeout(250)]
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.timeout(250),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="runs on CPU tensors, in Triton's interpreter"),
+]
 
 PROMPTS = [prompt(length, seed=length).tolist() for length in (37, 5, 21)]
 ASKED = SamplingParams(max_tokens=4, ignore_eos=True)

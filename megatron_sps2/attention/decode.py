@@ -49,8 +49,8 @@ class DecodeStep:
     _spread: _Rows = field(init=False)
     # Whether new K and V of any row travel.
     _moves: bool = field(init=False)
-    # Of the rows at home here, where what stays goes; NO_SLOT for what travels.
-    _home_slots: Tensor = field(init=False)
+    # Of the rows at home here, where what stays goes; NO_SLOT for what travels. Made where a layer asks.
+    _home_slots: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         order = [(row.home, row.spread) for row in self.rows]
@@ -62,9 +62,6 @@ class DecodeStep:
         # Rows kept here arrive sorted by home rank, which is the order of `rows`.
         self._spread = _Rows.make_room(self.cache, [row for row in self.rows if row.spread], me, self.windows)
         self._moves = any(row.home != row.kv_rank for row in self._spread.rows)
-        if self.kernels.append_roped is not None:
-            slots = self._find_home_slots()
-            self._home_slots = torch.tensor(slots, dtype=torch.int64, device=self.cache.device)
 
     @property
     def home_counts(self) -> list[int]:
@@ -107,6 +104,9 @@ class DecodeStep:
         """Writes the K and V that stay at home -> q and k, turned where Megatron has not."""
         kv = self.cache.layer(layer)
         if self.kernels.append_roped is not None:
+            if self._home_slots is None:
+                slots = self._find_home_slots()
+                self._home_slots = torch.tensor(slots, dtype=torch.int64, device=self.cache.device)
             return self.kernels.append_roped(q, k, v, self.rotation_of(layer), kv, self._home_slots)
         num_local = len(self._local.rows)
         self.kernels.write_paged(kv, self._local.kept, k[:num_local], v[:num_local])

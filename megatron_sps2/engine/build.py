@@ -24,7 +24,7 @@ from megatron_sps2.engine.decode_graph import CudaRecorder
 from megatron_sps2.engine.dry_prefill import DryPrefill
 from megatron_sps2.engine.engine import Engine, Place
 from megatron_sps2.engine.engine_config import EngineConfig
-from megatron_sps2.engine.kernel_check import Heads, check_kernels, with_libraries
+from megatron_sps2.engine.kernel_check import Heads, settle_kernels
 from megatron_sps2.engine.measured_cache import measured_cache, run_dry
 from megatron_sps2.engine.runner import Runner
 from megatron_sps2.engine.scheduler import Scheduler
@@ -33,8 +33,7 @@ from megatron_sps2.model.checkpoint import load_gpt
 from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.model.heap import keep_freed_memory
 from megatron_sps2.model.manifest import load_model_config, read_manifest
-from megatron_sps2.ops.kernel_set import TORCH, Kernels, choose_kernels
-from megatron_sps2.ops.kernels.fastest import preferred_libraries
+from megatron_sps2.ops.kernel_set import Kernels, choose_kernels
 from megatron_sps2.parallel.collectives import Wire, gather_objects, leave_together
 from megatron_sps2.parallel.groups import ParallelGroups, world_axis
 from megatron_sps2.parallel.ledger import Ledger
@@ -67,9 +66,10 @@ def build_engine(config: EngineConfig) -> Engine:
         config.device,
     )
     loaded = time.perf_counter()
+    kernels = settle_kernels(config.attention.kernels, heads_of(config, model), groups.world)
     if config.cache is None and config.gpu_memory_utilization is not None:
-        config = replace(config, cache=_measured_cache(config, groups, forward, context))
-    engine = assemble(config, groups, forward, context)
+        config = replace(config, cache=_measured_cache(config, groups, forward, context, kernels))
+    engine = assemble(config, groups, forward, context, kernels)
     mine = StartUp.now(loaded - start, forward.weight_bytes)
     engine.start_up = gather_objects(mine, groups.world)
     return engine
@@ -85,9 +85,13 @@ def check_windows(config: EngineConfig, model: ModelConfig) -> None:
 
 
 def assemble(
-    config: EngineConfig, groups: ParallelGroups, forward: GptForward, context: StepContext
+    config: EngineConfig,
+    groups: ParallelGroups,
+    forward: GptForward,
+    context: StepContext,
+    kernels: Kernels | None = None,
 ) -> Engine:
-    """An Engine around a loaded model whose layers are bound to `context`."""
+    """An Engine around a loaded model whose layers are bound to `context`; `kernels` as they are settled."""
     model, ledger, device = forward.model, Ledger(), torch.device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -98,11 +102,10 @@ def assemble(
     if device.type == "cpu":
         gather = functools.partial(gather_objects, axis=groups.sp)
         mailbox = open_mailbox(groups.sp, gather, config.timeout_s, num_local_ranks=groups.world.size)
-    runner = make_runner(config, groups, forward, context, cache, Wire(groups.sp, ledger, mailbox))
-    if records_decode(config, runner.kernels, groups.engine.size):
-        runner.record_decode(
-            CudaRecorder(), max_rows=config.schedule.max_num_seqs, max_tokens=config.max_model_len
-        )
+    kernels = kernels or choose_kernels(config.attention.kernels, device, model.head_dim)
+    sp = Wire(groups.sp, ledger, mailbox)
+    runner = make_runner(config, groups, forward, context, cache, sp, kernels)
+    record_graphs(runner, config, model, groups.engine.size)
     blocks = BlockManager(
         cache_config, config.parallel.sp_size, prefix_caching=config.schedule.prefix_caching
     )
@@ -135,10 +138,20 @@ def assemble(
     )
 
 
-def records_decode(config: EngineConfig, kernels: Kernels, num_ranks: int) -> bool:
-    """Whether decode steps become CUDA graphs. Exchanges between the ranks of a replica do not fit in."""
+def record_graphs(runner: Runner, config: EngineConfig, model: ModelConfig, num_ranks: int) -> None:
+    """Where decode steps can be graphs."""
+    if records_decode(config, model, runner.kernels, num_ranks):
+        max_rows, max_tokens = config.schedule.max_num_seqs, config.max_model_len
+        runner.record_decode(CudaRecorder(), max_rows=max_rows, max_tokens=max_tokens)
+
+
+def records_decode(config: EngineConfig, model: ModelConfig, kernels: Kernels, num_ranks: int) -> bool:
+    """Whether decode steps become CUDA graphs.
+
+    Exchanges between the ranks of a replica do not fit in, nor does a mixture: the host reads who goes where.
+    """
     on_device = config.device.startswith("cuda") and kernels.append_roped is not None
-    return on_device and num_ranks == 1 and not config.enforce_eager
+    return on_device and num_ranks == 1 and not model.num_experts and not config.enforce_eager
 
 
 def make_cache(config: EngineConfig, model: ModelConfig, size: CacheConfig) -> KVCache:
@@ -161,21 +174,16 @@ def make_runner(
     context: StepContext,
     cache: KVCache,
     sp: Wire,
+    kernels: Kernels,
 ) -> Runner:
     """What runs steps on this rank; all that it sends is booked where `sp` books."""
-    device = torch.device(config.device)
-    kernels = choose_kernels(config.attention.kernels, device)
-    if kernels.name != TORCH.name:
-        heads = heads_of(config, forward.model)
-        check_kernels(kernels, heads)
-        kernels = with_libraries(kernels, preferred_libraries(device), heads)
     return Runner(
         forward,
         cache,
         context,
         sp,
         overlap=config.attention.pipeline,
-        device=device,
+        device=config.device,
         replica=Wire(groups.engine, sp.ledger),
         csa=config.csa,
         tp_rank=groups.tp.rank,
@@ -198,13 +206,19 @@ def heads_of(config: EngineConfig, model: ModelConfig) -> Heads:
 
 
 def _measured_cache(
-    config: EngineConfig, groups: ParallelGroups, forward: GptForward, context: StepContext
+    config: EngineConfig,
+    groups: ParallelGroups,
+    forward: GptForward,
+    context: StepContext,
+    kernels: Kernels,
 ) -> CacheConfig:
     """What all ranks have room for beside weights and the largest prefill. Collective over the world."""
 
     def run(dry: DryPrefill) -> None:
         cache = make_cache(config, forward.model, dry.cache)
-        runner = make_runner(config, groups, forward, context, cache, Wire(groups.sp, Ledger()))
+        sp = Wire(groups.sp, Ledger())
+        runner = make_runner(config, groups, forward, context, cache, sp, kernels)
+        record_graphs(runner, config, forward.model, groups.engine.size)  # they hold memory, too
         run_dry(dry, runner, cache, forward, config.schedule.max_num_seqs)
 
     return measured_cache(config, forward.model, groups.world, run)

@@ -219,6 +219,9 @@ class Engine:
         start, before = time.time(), time.perf_counter()
         self.ledger.activity.begin_step()
         result = self._runner.run(plan)
+        if self._device.type == "cuda":
+            # Policies go by how long a step takes, not by how soon it was launched.
+            torch.cuda.synchronize(self._device)
         self.ledger.activity.end_step()
         self.num_used_blocks = self._runner.num_used_blocks
         if self.observe:

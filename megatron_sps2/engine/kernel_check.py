@@ -20,21 +20,24 @@ from megatron_sps2.attention.csa_tally import CsaTally
 from megatron_sps2.csa_setting import CsaSetting
 from megatron_sps2.ops.append import append_roped
 from megatron_sps2.ops.attend import attend_reference
-from megatron_sps2.ops.kernel_set import TORCH, Kernels
-from megatron_sps2.ops.kernels.fastest import attend_fastest
+from megatron_sps2.ops.kernel_set import TORCH, Kernels, choose_kernels
+from megatron_sps2.ops.kernels.fastest import attend_fastest, preferred_libraries
 from megatron_sps2.ops.kernels.library import Library
 from megatron_sps2.ops.merge import merge
 from megatron_sps2.ops.paged import PagedKV, PagedRows, attend_paged_reference
 from megatron_sps2.ops.rotation import Rotation
-from megatron_sps2.parallel.collectives import Wire
+from megatron_sps2.parallel.collectives import Wire, gather_objects, leave_together
 from megatron_sps2.parallel.groups import Axis
 from megatron_sps2.parallel.ledger import Ledger
+from megatron_sps2.parallel.shared_error import mark_shared
 
 logger = logging.getLogger(__name__)
 
 # Root mean square of the difference over that of what is right. bf16 rounds weights and outputs to 2^-9.
 LIMITS = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 NUM_BLOCKS = 12
+# Queries, keys and diagonals of prefill attention.
+CALLS = ((200, 200, 0), (777, 777, 0), (150, 300, 150), (70, 300, 230), (140, 90, None), (16, 1100, None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,29 @@ class Heads:
     device: torch.device
 
 
+def settle_kernels(wanted: str, heads: Heads, world: Axis) -> Kernels:
+    """The set that `wanted` means here, checked, with the libraries that are right on all ranks. Collective.
+
+    Raises on every rank alike: RuntimeError where a kernel is off on any, ValueError for what cannot be.
+    """
+    kernels = choose_kernels(wanted, heads.device, heads.head_dim)
+    if kernels.name == TORCH.name:
+        return kernels
+    problem = ""
+    try:
+        check_kernels(kernels, heads)
+    except RuntimeError as error:
+        problem = str(error)
+    libraries = right_libraries(preferred_libraries(heads.device), heads)
+    everybody = gather_objects((problem, {library.name for library in libraries}), world)
+    for rank, (found, _) in enumerate(everybody):
+        if found:
+            leave_together()
+            raise mark_shared(RuntimeError(f"rank {rank}: {found}"))
+    common = set.intersection(*(names for _, names in everybody))
+    return _with(kernels, [library for library in libraries if library.name in common])
+
+
 def check_kernels(kernels: Kernels, heads: Heads) -> None:
     """Raises RuntimeError naming the kernel that differs from the torch set, and by how much."""
     limit = LIMITS[heads.dtype]
@@ -63,24 +89,33 @@ def check_kernels(kernels: Kernels, heads: Heads) -> None:
                 )
 
 
-def with_libraries(kernels: Kernels, libraries: Sequence[Library], heads: Heads) -> Kernels:
-    """The set with those of `libraries` whose prefill attention is right here; the others are logged."""
+def right_libraries(libraries: Sequence[Library], heads: Heads) -> list[Library]:
+    """Those of `libraries` whose prefill attention is right here; others are logged."""
     trusted = list[Library]()
     for library in libraries:
         try:
-            pairs = _check_attend(_with(kernels, [library]), heads)
-            error = max(relative_error(found, wanted) for found, wanted in pairs)
+            errors = [relative_error(*pair) for pair in _check_library(library, heads)]
         except Exception as problem:  # A library may fail in any way; ours is there, too.
             logger.warning("%s is not used for attention: %s", library.name, problem)
             continue
-        if error <= LIMITS[heads.dtype]:
+        if errors and all(error <= LIMITS[heads.dtype] for error in errors):
             trusted.append(library)
-        else:
-            logger.warning("%s is not used for attention: off by %.1e", library.name, error)
-    return _with(kernels, trusted) if trusted else kernels
+        elif errors:
+            logger.warning("%s is not used for attention: off by %.1e", library.name, max(errors))
+    return trusted
+
+
+def _check_library(library: Library, heads: Heads) -> Iterator[tuple[Tensor, Tensor]]:
+    for sq, sk, diagonal in CALLS:
+        q, k, v = (x[:, None] for x in _qkv(heads, sq, sk))
+        if library.fits(q, k, diagonal):
+            x = {"scale": heads.head_dim**-0.5, "diagonal": diagonal}
+            yield from zip(library.attend(q, k, v, **x), attend_reference(q, k, v, **x), strict=True)
 
 
 def _with(kernels: Kernels, libraries: Sequence[Library]) -> Kernels:
+    if not libraries:
+        return kernels
     attend = functools.partial(attend_fastest, libraries=libraries, otherwise=kernels.attend)
     return replace(kernels, attend=attend)
 
@@ -93,13 +128,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 def _check_attend(kernels: Kernels, heads: Heads) -> Iterator[tuple[Tensor, Tensor]]:
     """Causal prompts, some that follow others, some queries over all keys."""
-    for sq, sk, diagonal in (
-        (200, 200, 0),
-        (150, 300, 150),
-        (70, 300, 230),
-        (140, 90, None),
-        (16, 1100, None),
-    ):
+    for sq, sk, diagonal in CALLS:
         q, k, v = _qkv(heads, sq, sk)
         x = {"scale": heads.head_dim**-0.5, "diagonal": diagonal}
         found = kernels.attend(q[:, None], k[:, None], lambda v=v: v[:, None], **x)

@@ -5,7 +5,8 @@ fitting_cache.py does the arithmetic, device_memory.py asks the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -31,6 +32,7 @@ def measured_cache(
     Raises ValueError where a request of max_model_len tokens has no room: on every rank alike where weights
     leave too little, on the rank whose memory did not suffice where that was found by running.
     """
+    _refuse_shared_devices(config, world)
     layer = kv_layer_bytes(model, config.parallel.tp_size, config.dtype, config.kv_cache_dtype)
     block_bytes = model.num_layers * layer * config.block_size
     _fit(config, block_bytes, world, _room(config, lambda: None, 0))
@@ -41,6 +43,25 @@ def measured_cache(
     largest = max(room.activations for room in dry)
     last = dry[-1]  # libraries have taken what they need by now
     return _fit(config, block_bytes, world, Room(total=last.total, used=last.used, activations=largest))
+
+
+def _refuse_shared_devices(config: EngineConfig, world: Axis) -> None:
+    if torch.device(config.device).type == "cuda":
+        problem = shared_device(gather_objects((socket.gethostname(), config.device), world))
+        if problem:
+            leave_together()
+            raise mark_shared(ValueError(problem))
+
+
+def shared_device(places: Sequence[tuple[str, str]]) -> str:
+    """What is wrong with ranks at these (host, device), if two are alike: what one leaves both would take."""
+    for rank, place in enumerate(places):
+        if (first := places.index(place)) != rank:
+            return (
+                f"ranks {first} and {rank} share {place[1]} of {place[0]}, where what each of them has left "
+                "cannot be measured; give --kv-cache-gib"
+            )
+    return ""
 
 
 def run_dry(dry: DryPrefill, runner: Runner, cache: KVCache, forward: GptForward, max_num_seqs: int) -> None:

@@ -354,6 +354,7 @@ class Runner:
         sampled: list[SampledToken | None] = []
         if mine:
             logits = self._forward.logits(torch.cat([ask.part.hidden[ask.row][None] for ask in mine]))[:, 0]
+            logits = logits.cpu()  # sampled there, row by row: one copy for all
             sampled = [self._sample_one(ask.request_id, row) for ask, row in zip(mine, logits, strict=True)]
         num_top = max(self._sequences[request_id].params.logprobs or 0 for request_id in ids)
         packed = encode_sampled(sampled, num_top).to(self._device)

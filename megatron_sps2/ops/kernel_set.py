@@ -46,13 +46,18 @@ TORCH = Kernels(
 )
 
 
-def choose_kernels(wanted: str, device: torch.device) -> Kernels:
-    """The set that 'auto', 'torch' or 'triton' means on `device`.
+# Of a head, at most, and a multiple of it.
+MAX_TRITON_DIM, TRITON_DIM_STEP = 256, 8
+
+
+def choose_kernels(wanted: str, device: torch.device, head_dim: int = TRITON_DIM_STEP) -> Kernels:
+    """The set that 'auto', 'torch' or 'triton' means on `device`, for heads of that size.
 
     Raises ValueError for triton where it is not installed, or has no device to run on.
     """
     installed, interpreted = find_spec("triton") is not None, os.environ.get("TRITON_INTERPRET") == "1"
-    if wanted == "torch" or (wanted == "auto" and not (installed and device.type == "cuda")):
+    fits = head_dim <= MAX_TRITON_DIM and head_dim % TRITON_DIM_STEP == 0
+    if wanted == "torch" or (wanted == "auto" and not (installed and fits and device.type == "cuda")):
         return TORCH
     if not installed:
         raise ValueError("kernels='triton' but triton is not installed; pip install triton, or use 'torch'")

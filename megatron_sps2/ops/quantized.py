@@ -20,7 +20,8 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     The largest number of a row becomes 448. A row with NaN or an infinity comes back as NaN, all of it.
     """
     numbers = x.float()
-    scales = numbers.abs().amax(dim=-1).clamp_min(LEAST_TOP) / LARGEST
+    top = numbers.abs().amax(dim=-1).clamp_min(LEAST_TOP)
+    scales = top / top.new_full((), LARGEST)  # by a number CUDA multiplies with its rounded reciprocal
     return (numbers / scales.unsqueeze(-1)).to(torch.float8_e4m3fn), scales
 
 

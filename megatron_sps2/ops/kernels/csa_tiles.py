@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_sps2.ops.kernels.launch import interpreting
 from megatron_sps2.ops.reads import Reads
 
 # Rows of a wgmma, and what four warps hold of scores without spilling.
@@ -26,7 +26,7 @@ def dot_constants(x: Tensor) -> dict[str, Any]:
     return {
         "D": x.shape[-1],
         "BLOCK_D": power_of_two(x.shape[-1]),
-        "UPCAST": os.environ.get("TRITON_INTERPRET") == "1" and x.dtype != torch.float32,
+        "UPCAST": interpreting() and x.dtype != torch.float32,
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
     }
 
