@@ -130,7 +130,8 @@ def _serve(model: ModelConfig, device: str, dtype: str, patches: Callable[[], An
     )
     groups, context = ParallelGroups.create(config.parallel), StepContext()
     core = functools.partial(SequenceParallelAttention, context=context)
-    with _on_device(device), patches(), mock.patch.object(Runner, "_sample", _sample_nothing):
+    no_device = mock.patch.object(torch.cuda, "synchronize", lambda device=None: None)
+    with _on_device(device), patches(), no_device, mock.patch.object(Runner, "_sample", _sample_nothing):
         gpt = build_gpt(model, groups.to_megatron(), core, getattr(torch, dtype), device)
         engine = assemble(config, groups, GptForward(gpt, model), context)
         params = SamplingParams(max_tokens=NUM_DECODED, ignore_eos=True)
