@@ -11,7 +11,7 @@ import torch
 
 from megatron_sps2.engine.kernel_check import Heads, check_kernels, right_libraries
 from megatron_sps2.ops.append import append_roped
-from megatron_sps2.ops.kernel_set import TORCH, triton_kernels
+from megatron_sps2.ops.kernel_set import TORCH, choose_kernels, triton_kernels
 from megatron_sps2.ops.kernels.fastest import attend_fastest
 from megatron_sps2.ops.kernels.library import Library
 from tests.test_kernels_library import corner_attention
@@ -119,3 +119,12 @@ def test_a_library_gets_the_calls_that_it_is_preferred_for(
 def test_control_a_wrong_kernel_is_named(name: str, changes: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match=f"kernel {name} of the set 'torch' is off by .*--kernels torch"):
         check_kernels(replace(BY_SLOT, **changes), HEADS)
+
+
+def test_heads_that_no_kernel_takes_are_left_to_torch_unless_triton_is_asked_for() -> None:
+    """On a device; asked for, the set is tried, and says what it takes."""
+    pytest.importorskip("triton")
+    cuda = torch.device("cuda")
+    assert [choose_kernels("auto", cuda, dim).name for dim in (8, 128, 256)] == ["triton"] * 3
+    assert [choose_kernels("auto", cuda, dim).name for dim in (12, 264)] == ["torch"] * 2
+    assert choose_kernels("triton", cuda, 12).name == "triton"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_sps2.ops.attend import Attend, attend
 from megatron_sps2.ops.kept import KeySelector, TorchSelector, attend_kept
+from megatron_sps2.ops.kernels import HEAD_DIM_STEP, MAX_HEAD_DIM
 from megatron_sps2.ops.merge import merge
 from megatron_sps2.ops.paged import PagedKV, Slots, attend_paged, write_paged
 
@@ -46,17 +47,13 @@ TORCH = Kernels(
 )
 
 
-# Of a head, at most, and a multiple of it.
-MAX_TRITON_DIM, TRITON_DIM_STEP = 256, 8
-
-
-def choose_kernels(wanted: str, device: torch.device, head_dim: int = TRITON_DIM_STEP) -> Kernels:
+def choose_kernels(wanted: str, device: torch.device, head_dim: int = HEAD_DIM_STEP) -> Kernels:
     """The set that 'auto', 'torch' or 'triton' means on `device`, for heads of that size.
 
     Raises ValueError for triton where it is not installed, or has no device to run on.
     """
     installed, interpreted = find_spec("triton") is not None, os.environ.get("TRITON_INTERPRET") == "1"
-    fits = head_dim <= MAX_TRITON_DIM and head_dim % TRITON_DIM_STEP == 0
+    fits = head_dim <= MAX_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0
     if wanted == "torch" or (wanted == "auto" and not (installed and fits and device.type == "cuda")):
         return TORCH
     if not installed:

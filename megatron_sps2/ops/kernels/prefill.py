@@ -13,12 +13,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megatron_sps2.ops.attend import Values, check_shapes
+from megatron_sps2.ops.kernels import HEAD_DIM_STEP, MAX_HEAD_DIM
 from megatron_sps2.ops.kernels.flash import flash_kernel
 from megatron_sps2.ops.kernels.launch import capability, interpreting, num_multiprocessors
 from megatron_sps2.ops.kernels.merge import merge_as
 from megatron_sps2.ops.kernels.tiles import Tiles, choose_tiles, keys_per_split
 
-MAX_HEAD_DIM = 256
 # What the copy engine's addresses and strides are multiples of, in bytes.
 COPY_ALIGNMENT = 16
 
@@ -31,10 +31,10 @@ def attend_prefill(
     `v` as a function is called before the launch: on a GPU it makes the stream wait, not this thread.
     """
     check_shapes(q, k)
-    if q.shape[3] % 8 or q.shape[3] > MAX_HEAD_DIM:
+    if q.shape[3] % HEAD_DIM_STEP or q.shape[3] > MAX_HEAD_DIM:
         raise ValueError(
-            f"head_dim {q.shape[3]} has no kernel; it takes a multiple of 8 up to {MAX_HEAD_DIM}: use "
-            "kernels='torch'"
+            f"head_dim {q.shape[3]} has no kernel; it takes a multiple of {HEAD_DIM_STEP} up to "
+            f"{MAX_HEAD_DIM}: use kernels='torch'"
         )
     assert scale > 0 and q.stride(3) == 1, (scale, q.stride())
     v = v() if callable(v) else v
