@@ -87,6 +87,7 @@ def _rank_main(
             world_size=world_size,
             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
         )
+        dist.barrier()  # A rank that ends at once must not be gone before the others are connected to it.
         result = (False, fn(*args))
     except BaseException:
         result = (True, traceback.format_exc())

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_sps2.parallel.heartbeat import BEAT_S
 from tests.planted_error import PLANTED
 from tests.restarting import await_answer, await_loss, free_pair, front_end, rank_of
 from tests.slurm_cluster import NODES, Job, SlurmCluster, slurm_cluster, why_none
@@ -166,6 +167,7 @@ def test_a_front_end_outside_answers_503_while_its_job_is_queued_again(
         script = (LAUNCH / "slurm.sbatch", "serve", *flags[:4], *engine)
         number = cluster.sbatch(*TWO_NODES, *script, MAX_RESTARTS="1")
         wanted = await_answer(server)
+        time.sleep(2 * BEAT_S)  # until rank 0 has heard that the other one began a step
         rank_of(server, 1).kill()
         await_loss(server)
         assert await_answer(server) == wanted
@@ -173,4 +175,5 @@ def test_a_front_end_outside_answers_503_while_its_job_is_queued_again(
         assert server.end() == 0
         job = cluster.wait(number)
         assert (job.state, job.exit_code, job.num_restarts) == ("COMPLETED", 0, 1), cluster.log(number)
-    assert "rank 1 (pid" in cluster.log(number) and "has ended; last heard in step" in cluster.log(number)
+    log = cluster.log(number)
+    assert "rank 1 (pid" in log and "has ended; last heard in step" in log, log
