@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-KERNEL_CHOICES = ("auto", "torch", "triton")
+KERNEL_CHOICES = ("auto", "torch", "numba", "triton")
 PREFILL_STRATEGIES = ("auto", "ulysses", "pass_kv", "pass_q")
 ATTENTION_MODES = ("exact", "csa", "auto")
 POLICY_NAMES = ("sps2", "sarathi", "fcfs")
@@ -22,7 +22,7 @@ ROPE_SCALINGS = ("linear", "llama3", "yarn")
 # Likeliest tokens that are reported beside a chosen one, at most.
 MAX_LOGPROBS = 20
 
-KernelChoice = Literal["auto", "torch", "triton"]
+KernelChoice = Literal["auto", "torch", "numba", "triton"]
 PrefillStrategy = Literal["auto", "ulysses", "pass_kv", "pass_q"]
 PolicyName = Literal["sps2", "sarathi", "fcfs"]
 PreemptionMode = Literal["recompute", "swap"]

@@ -16,7 +16,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed", "megatron_sps2.engine.build"]
+_PRELOAD = ["torch", "torch.distributed", "megatron_sps2.engine.build", "megatron_sps2.ops.cpu.decode"]
 COLLECTIVE_TIMEOUT_S = 120
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sps2.engine.kernel_check import Heads, check_kernels, right_libraries
+from megatron_sps2.engine import kernel_check
+from megatron_sps2.engine.kernel_check import CHECKS, Heads, check_kernels, right_libraries
 from megatron_sps2.ops.append import append_roped
-from megatron_sps2.ops.kernel_set import TORCH, choose_kernels, triton_kernels
+from megatron_sps2.ops.kernel_set import TORCH, choose_kernels, numba_kernels, triton_kernels
 from megatron_sps2.ops.kernels.fastest import attend_fastest
 from megatron_sps2.ops.kernels.library import Library
 from tests.test_kernels_library import corner_attention
@@ -25,13 +27,47 @@ HEADS = Heads(
     fp8=False,
     device=torch.device("cpu"),
 )
-BY_SLOT = replace(TORCH, append_roped=append_roped)
+# Functions of the torch set itself are not checked: these are the same ones under other identities.
+BY_SLOT = replace(
+    TORCH,
+    append_roped=append_roped,
+    key_selector=type("Selector", (TORCH.key_selector,), {}),
+    **{
+        name: functools.partial(getattr(TORCH, name))
+        for name in ("attend", "merge", "attend_paged", "attend_kept")
+    },
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("fp8", [False, True])
 def test_the_torch_set_passes(dtype: torch.dtype, fp8: bool) -> None:
     check_kernels(BY_SLOT, replace(HEADS, dtype=dtype, fp8=fp8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_numba_set_passes(dtype: torch.dtype, fp8: bool) -> None:
+    pytest.importorskip("numba")
+    check_kernels(numba_kernels(), replace(HEADS, dtype=dtype, fp8=fp8))
+
+
+def test_what_a_set_shares_with_torch_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = list[str]()
+
+    def note(name: str) -> Callable[..., list[Any]]:
+        def check(*_: object) -> list[Any]:
+            checked.append(name)
+            return []
+
+        return check
+
+    monkeypatch.setattr(kernel_check, "CHECKS", {name: note(name) for name in CHECKS})
+    check_kernels(replace(TORCH, attend_paged=BY_SLOT.attend_paged), HEADS)
+    check_kernels(replace(TORCH, key_selector=BY_SLOT.key_selector), HEADS)
+    assert checked == ["attend_paged", "csa"]
+    check_kernels(BY_SLOT, HEADS)
+    assert checked[2:] == list(CHECKS)
 
 
 @pytest.mark.triton

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from megatron_sps2.ops.paged import PagedKV, PagedRows, attend_paged, attend_paged_reference
-from megatron_sps2.ops.quantized import quantize
+from megatron_sps2.ops.paged import PagedRows, attend_paged
+from tests.paged_rows import (
+    DEVICE,
+    FP32_TOLERANCE,
+    MIXED,
+    as_float8,
+    assert_right,
+    assert_rows_are_alone,
+    make_kv,
+    make_queries,
+    make_rows,
+)
 
 pytest.importorskip("triton")
 from megatron_sps2.ops.kernels import decode, decode_plan  # noqa: E402
 
 pytestmark = pytest.mark.triton
-AttendPaged = Callable[..., tuple[Tensor, Tensor]]
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Sums of up to 700 fp32 terms in another order.
-FP32_TOLERANCE = 1e-5
 # Weights and the result are rounded to the dtype, by Triton's interpreter cut.
 TOLERANCES = {torch.float32: FP32_TOLERANCE, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-# Tokens start <= t < stop of a row: none, one, a part of a block, windows, up to three splits of 256.
-MIXED = [(0, 0), (0, 1), (3, 77), (0, 256), (100, 357), (5, 705), (0, 16)]
 
 
 @pytest.fixture(autouse=True)
@@ -35,57 +38,10 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def make_rows(spans: list[tuple[int, int]], block_size: int) -> PagedRows:
-    """Rows whose blocks are scattered; every second one is nobody's, the first too."""
-    counts = [-(-stop // block_size) for _, stop in spans]
-    places = (1 + 2 * torch.randperm(sum(counts))).tolist()
-    tables = [[places.pop() for _ in range(count)] for count in counts]
-    starts, stops = ([*each] for each in zip(*spans, strict=True))
-    return PagedRows(tables, starts, stops, block_size)
-
-
-def make_kv(rows: PagedRows, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> PagedKV:
-    """Random numbers where rows attend, NaN elsewhere."""
-    num_slots = 2 * sum(map(len, rows.tables)) * rows.block_size + rows.block_size
-    attended = torch.zeros(num_slots, dtype=torch.bool)
-    for runs in rows.runs:
-        for run in runs:
-            attended[run.start : run.stop] = True
-    held = torch.randn(2, num_kv_heads, num_slots, head_dim)
-    held[:, :, ~attended] = torch.nan
-    keys, values = held.to(device=DEVICE, dtype=dtype)
-    return PagedKV(keys, values, rows.block_size)
-
-
-def as_float8(kv: PagedKV) -> PagedKV:
-    """The same in float8, numbers of very different sizes; scales of what is not attended are NaN."""
-    sizes = torch.logspace(-6, 1, kv.keys.shape[1], device=DEVICE)[torch.randperm(kv.keys.shape[1])]
-    (keys, key_scales), (values, value_scales) = quantize(kv.keys), quantize(kv.values * sizes[:, None])
-    return PagedKV(keys, values, kv.block_size, key_scales, value_scales)
-
-
-def make_queries(rows: PagedRows, num_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(len(rows), num_heads, head_dim).to(device=DEVICE, dtype=dtype)
-
-
-def assert_right(
-    q: Tensor,
-    kv: PagedKV,
-    rows: PagedRows,
-    tolerance: float = FP32_TOLERANCE,
-    attend: AttendPaged = decode.attend_paged,
-) -> None:
-    scale = q.shape[2] ** -0.5
-    found = attend(q, kv, rows, scale=scale)
-    assert found[0].dtype == q.dtype and found[1].dtype == torch.float32
-    for x, y in zip(found, attend_paged_reference(q, kv, rows, scale=scale), strict=True):
-        torch.testing.assert_close(x, y, atol=tolerance, rtol=tolerance)
-
-
 def test_the_reference_is_attention_row_by_row() -> None:
     rows = make_rows(MIXED, 16)
     q, kv = make_queries(rows, 4, 64, torch.float32), make_kv(rows, 2, 64, torch.float32)
-    assert_right(q, kv, rows, attend=attend_paged)
+    assert_right(attend_paged, q, kv, rows)
 
 
 @pytest.mark.parametrize(
@@ -95,28 +51,30 @@ def test_the_reference_is_attention_row_by_row() -> None:
 def test_rows_of_mixed_lengths(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> None:
     rows = make_rows(MIXED, block_size)
     q = make_queries(rows, num_heads, head_dim, torch.float32)
-    assert_right(q, make_kv(rows, num_kv_heads, head_dim, torch.float32), rows)
+    assert_right(decode.attend_paged, q, make_kv(rows, num_kv_heads, head_dim, torch.float32), rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     rows = make_rows(MIXED, 16)
     q, kv = make_queries(rows, 4, 64, dtype), make_kv(rows, 2, 64, dtype)
-    assert_right(q, kv, rows, TOLERANCES[dtype])
+    assert_right(decode.attend_paged, q, kv, rows, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_float8_keys_and_values_count_times_their_scales(dtype: torch.dtype) -> None:
     rows = make_rows(MIXED, 16)
     q, kv = make_queries(rows, 4, 64, dtype), as_float8(make_kv(rows, 2, 64, torch.float32))
-    assert_right(q, kv, rows, TOLERANCES[dtype])
+    assert_right(decode.attend_paged, q, kv, rows, TOLERANCES[dtype])
 
 
 def test_queries_and_keys_may_be_views_of_wider_tensors() -> None:
     rows = make_rows(MIXED, 16)
     kv = make_kv(rows, 2, 128, torch.float32)
     q = make_queries(rows, 7, 128, torch.float32)[:, 2:6, :64]
-    assert_right(q, replace(kv, keys=kv.keys[:, :, :64], values=kv.values[:, :, 64:]), rows)
+    assert_right(
+        decode.attend_paged, q, replace(kv, keys=kv.keys[:, :, :64], values=kv.values[:, :, 64:]), rows
+    )
 
 
 def test_long_rows_have_longer_splits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,19 +83,14 @@ def test_long_rows_have_longer_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "max_splits", lambda _: 16)
     rows = make_rows([(0, 16 * 16), (0, 16 * 16 + 1), (7, 700), (0, 40)], 16)
     q, kv = make_queries(rows, 4, 64, torch.float32), make_kv(rows, 1, 64, torch.float32)
-    assert_right(q, kv, rows)
+    assert_right(decode.attend_paged, q, kv, rows)
 
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_no_bit_of_a_row_depends_on_its_batch(quantized: bool) -> None:
     rows = make_rows(MIXED, 16)
     q, kv = make_queries(rows, 4, 64, torch.float32), make_kv(rows, 2, 64, torch.float32)
-    kv = as_float8(kv) if quantized else kv
-    outs, lses = decode.attend_paged(q, kv, rows, scale=0.125)
-    for i, (table, start, stop) in enumerate(zip(rows.tables, rows.starts, rows.stops, strict=True)):
-        alone = PagedRows([table], [start], [stop], rows.block_size)
-        out, lse = decode.attend_paged(q[i : i + 1], kv, alone, scale=0.125)
-        assert torch.equal(out[0], outs[i]) and torch.equal(lse[0], lses[i]), f"row {i}"
+    assert_rows_are_alone(decode.attend_paged, q, as_float8(kv) if quantized else kv, rows)
 
 
 def test_few_programs_do_the_work_of_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,8 +47,8 @@ class DecodeStep:
     rotation_of: RotationOf = no_rotation
     _local: _Rows = field(init=False)
     _spread: _Rows = field(init=False)
-    # Whether new K and V of any row travel.
-    _moves: bool = field(init=False)
+    # Where new K and V travel, if any do.
+    _moves: _Moves | None = field(init=False)
     # Of the rows at home here, where what stays goes; NO_SLOT for what travels. Made where a layer asks.
     _home_slots: Tensor | None = field(init=False, default=None)
 
@@ -61,7 +61,7 @@ class DecodeStep:
         self._local = _Rows.make_room(self.cache, local, me, self.windows)
         # Rows kept here arrive sorted by home rank, which is the order of `rows`.
         self._spread = _Rows.make_room(self.cache, [row for row in self.rows if row.spread], me, self.windows)
-        self._moves = any(row.home != row.kv_rank for row in self._spread.rows)
+        self._moves = _Moves.of(self._spread.rows, me, self.wire.axis.size)
 
     @property
     def home_counts(self) -> list[int]:
@@ -81,8 +81,8 @@ class DecodeStep:
         if num_local:
             out[:num_local] = self._attend_shards(layer, q[:num_local], self._local)[0]
         if queries is not None:
-            if self._moves:
-                taken = self._take_kv(k[num_local:], v[num_local:])
+            if self._moves is not None:
+                taken = self._take_kv(self._moves, k[num_local:], v[num_local:])
                 self.kernels.write_paged(self.cache.layer(layer), self._spread.kept, *taken)
             part, lse = self._attend_shards(layer, queries.wait(), self._spread)
             outs, lses = return_partials(part, lse, self.wire, counts).wait()
@@ -97,7 +97,7 @@ class DecodeStep:
 
     def _find_home_slots(self) -> list[int]:
         num_spread = sum(row.home == self.wire.axis.rank for row in self._spread.rows)
-        spread = [NO_SLOT] * num_spread if self._moves else self._spread.kept.numbers
+        spread = self._spread.kept.numbers if self._moves is None else [NO_SLOT] * num_spread
         return [*self._local.kept.numbers, *spread]
 
     def _keep(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,20 +110,16 @@ class DecodeStep:
             return self.kernels.append_roped(q, k, v, self.rotation_of(layer), kv, self._home_slots)
         num_local = len(self._local.rows)
         self.kernels.write_paged(kv, self._local.kept, k[:num_local], v[:num_local])
-        if not self._moves:
+        if self._moves is None:
             self.kernels.write_paged(kv, self._spread.kept, k[num_local:], v[num_local:])
         return q, k
 
-    def _take_kv(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _take_kv(self, moves: _Moves, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of the spread rows at home here -> of those kept here."""
-        rows = self._spread.rows
-        me, ranks = self.wire.axis.rank, range(self.wire.axis.size)
-        mine = [row.kv_rank for row in rows if row.home == me]
-        order = sorted(range(len(mine)), key=lambda i: mine[i])
-        sent = [mine.count(rank) for rank in ranks]
-        received = [sum(row.home == rank and row.kv_rank == me for row in rows) for rank in ranks]
-        both = torch.stack([k, v], dim=1)[order]  # [b/P, 2, n_kv, d], rows for rank 0 first
-        k, v = route_rows(both, self.wire, sent, received, "move_new_kv").wait().unbind(dim=1)
+        both = torch.stack([k, v], dim=1)  # [b/P, 2, n_kv, d]
+        if moves.order is not None:
+            both = both[moves.order]
+        k, v = route_rows(both, self.wire, moves.sent, moves.received, "move_new_kv").wait().unbind(dim=1)
         return k, v
 
     def _attend_shards(self, layer: int, queries: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
@@ -155,6 +151,28 @@ class _Rows:
             firsts = [cache.first_after(row.request_id, row.position - windows.size) for row in rows]
             near = cache.rows(ids, firsts)
         return cls(rows, Slots(kept), shards, near)
+
+
+@dataclass(frozen=True, slots=True)
+class _Moves:
+    """How new K and V get from the rows' homes to where they are kept: the same in every layer."""
+
+    order: list[int] | None  # of the rows at home here, those for rank 0 first; None: as they are
+    sent: list[int]  # rows to each rank
+    received: list[int]
+
+    @classmethod
+    def of(cls, rows: list[DecodeRow], me: int, num_ranks: int) -> _Moves | None:
+        """None where every row is kept at home."""
+        if all(row.home == row.kv_rank for row in rows):
+            return None
+        mine = [row.kv_rank for row in rows if row.home == me]
+        order = sorted(range(len(mine)), key=lambda i: mine[i])
+        return cls(
+            order=None if order == list(range(len(mine))) else order,
+            sent=[mine.count(rank) for rank in range(num_ranks)],
+            received=_count_homes([row for row in rows if row.kv_rank == me], num_ranks),
+        )
 
 
 def _count_homes(rows: list[DecodeRow], num_ranks: int) -> list[int]:

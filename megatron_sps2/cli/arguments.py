@@ -294,7 +294,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         choices=KERNEL_CHOICES,
         default="auto",
-        help="what computes attention; auto: triton on CUDA devices where it is installed, else torch",
+        help="what computes attention; auto: triton on CUDA devices, numba on a CPU (decoding), where it is "
+        "installed, else torch",
     )
     group.add_argument(
         "--enforce-eager",

@@ -48,22 +48,43 @@ TORCH = Kernels(
 
 
 def choose_kernels(wanted: str, device: torch.device, head_dim: int = HEAD_DIM_STEP) -> Kernels:
-    """The set that 'auto', 'torch' or 'triton' means on `device`, for heads of that size.
+    """The set that `wanted` means on `device`, for heads of that size: one of config's KERNEL_CHOICES.
 
-    Raises ValueError for triton where it is not installed, or has no device to run on.
+    Raises ValueError for one that is not installed, or does not run on that device.
     """
-    installed, interpreted = find_spec("triton") is not None, os.environ.get("TRITON_INTERPRET") == "1"
-    fits = head_dim <= MAX_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0
-    if wanted == "torch" or (wanted == "auto" and not (installed and fits and device.type == "cuda")):
+    if wanted == "auto":
+        wanted = _fastest(device, head_dim)
+    if wanted == "torch":
         return TORCH
-    if not installed:
-        raise ValueError("kernels='triton' but triton is not installed; pip install triton, or use 'torch'")
-    if device.type != "cuda" and not interpreted:
+    if find_spec(wanted) is None:
         raise ValueError(
-            f"kernels='triton' but the device is {device.type}; use 'torch', or set TRITON_INTERPRET=1, "
-            "which is slow"
+            f"kernels={wanted!r} but {wanted} is not installed; pip install {wanted}, or use 'torch'"
+        )
+    if wanted == "numba":
+        if device.type != "cpu":
+            raise ValueError(f"kernels='numba' but the device is {device.type}; use 'triton' or 'torch'")
+        return numba_kernels()
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"kernels='triton' but the device is {device.type}; use 'numba' or 'torch', or set "
+            "TRITON_INTERPRET=1, which is slow"
         )
     return triton_kernels()
+
+
+def _fastest(device: torch.device, head_dim: int) -> str:
+    """Of the sets that are installed and made for `device`."""
+    if device.type == "cpu":
+        return "numba" if find_spec("numba") else "torch"
+    fits = head_dim <= MAX_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0
+    return "triton" if fits and device.type == "cuda" and find_spec("triton") else "torch"
+
+
+def numba_kernels() -> Kernels:
+    """Loaded with its first use: Numba takes half a second."""
+    from megatron_sps2.ops.cpu.decode import attend_paged
+
+    return replace(TORCH, name="numba", attend_paged=attend_paged)
 
 
 def triton_kernels() -> Kernels:

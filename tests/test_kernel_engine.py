@@ -1,18 +1,17 @@
-"""The whole engine with the Triton kernels, by their interpreter on CPU: the tokens of the torch set."""
+"""The whole engine gives the tokens of the torch set with every other set; Triton's by its interpreter."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from checkpoints_tools.convert import convert
 from megatron_sps2.config import (
-    KERNEL_CHOICES,
     AttentionConfig,
     CacheConfig,
+    KernelChoice,
     ParallelConfig,
     SamplingParams,
     ScheduleConfig,
@@ -24,8 +23,7 @@ from tests.ranks import run_ranks
 from tests.test_engine import finish_all
 from tests.tiny_llama import prompt
 
-pytest.importorskip("triton")
-pytestmark = [
+TRITON = [
     pytest.mark.triton,
     pytest.mark.timeout(250),
     pytest.mark.skipif(torch.cuda.is_available(), reason="runs on CPU tensors, in Triton's interpreter"),
@@ -51,21 +49,33 @@ def answer(config: EngineConfig) -> list[list[int]]:
     return [each.output_ids for each in (first, *others, second)]
 
 
-def test_tokens_are_those_of_the_torch_set(tmp_path: Path) -> None:
-    """Two ranks, so that partial results travel; windows; rounded keys; a turn onto the cache."""
-    save_family("gemma3", tmp_path / "hf", sliding_window=9)
-    convert(tmp_path / "hf", tmp_path / "megatron")
-    config = EngineConfig(
-        checkpoint=str(tmp_path / "megatron"),
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    """Two ranks, so that partial results travel; windows; rounded keys."""
+    folder = tmp_path_factory.mktemp("kernels")
+    save_family("gemma3", folder / "hf", sliding_window=9)
+    convert(folder / "hf", folder / "megatron")
+    return EngineConfig(
+        checkpoint=str(folder / "megatron"),
         parallel=ParallelConfig(sp_size=2),
         max_model_len=120,
         schedule=ScheduleConfig(max_num_seqs=3),
         cache=CacheConfig(num_blocks=40, block_size=8),
         kv_cache_dtype="fp8",
     )
-    found = {
-        kernels: run_ranks(2, answer, replace(config, attention=AttentionConfig(kernels=kernels)))[0]
-        for kernels in KERNEL_CHOICES[1:]
-    }
-    assert found["triton"] == found["torch"]
-    assert all(len(tokens) == ASKED.max_tokens for tokens in found["torch"])
+
+
+@pytest.fixture(scope="module")
+def torch_tokens(config: EngineConfig) -> list[list[int]]:
+    tokens = run_ranks(2, answer, replace(config, attention=AttentionConfig(kernels="torch")))[0]
+    assert all(len(each) == ASKED.max_tokens for each in tokens)
+    return tokens
+
+
+@pytest.mark.parametrize("kernels", ["numba", pytest.param("triton", marks=TRITON)])
+def test_tokens_are_those_of_the_torch_set(
+    kernels: KernelChoice, config: EngineConfig, torch_tokens: list[list[int]]
+) -> None:
+    pytest.importorskip(kernels)
+    asked = replace(config, attention=AttentionConfig(kernels=kernels))
+    assert run_ranks(2, answer, asked)[0] == torch_tokens
