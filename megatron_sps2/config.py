@@ -296,6 +296,9 @@ class ScheduleConfig:
     tbt_slo_ms: float | None = None
     # sps2: layers of a prefill between two of which others may run; None: by the time they take.
     layers_per_piece: int | None = None
+    # sps2: prompt tokens of all prefills between their first and last layer; None: as many as have KV blocks.
+    # One prefill may always begin.
+    max_started_tokens: int | None = None
     # Share of the blocks of a shard that a new request leaves free while others run, for their next tokens.
     watermark: float = 0.01
     preemption: PreemptionMode = "recompute"
@@ -306,8 +309,9 @@ class ScheduleConfig:
         _require_choice("policy", self.policy, POLICY_NAMES)
         _require_choice("preemption", self.preemption, PREEMPTION_MODES)
         _require_positive(self, "max_num_seqs", "max_num_batched_tokens")
-        if self.layers_per_piece is not None:
-            _require_positive(self, "layers_per_piece")
+        for name in ("layers_per_piece", "max_started_tokens"):
+            if getattr(self, name) is not None:
+                _require_positive(self, name)
         if self.short_prompt_tokens < 0:
             raise ValueError(f"short_prompt_tokens={self.short_prompt_tokens} must be 0 (none) or above")
         if self.tbt_slo_ms is not None and not 0 < self.tbt_slo_ms < math.inf:

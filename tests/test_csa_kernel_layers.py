@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -19,6 +17,7 @@ from megatron_sps2.attention.csa_tally import CsaTally  # noqa: E402
 from megatron_sps2.ops.kernel_set import TORCH, Kernels, triton_kernels  # noqa: E402
 from megatron_sps2.parallel.collectives import Wire  # noqa: E402
 from megatron_sps2.parallel.ledger import Ledger  # noqa: E402
+from tests.host_waits import HostWait, NoHostWaits  # noqa: E402
 from tests.ranks import run_ranks  # noqa: E402
 from tests.test_csa import (  # noqa: E402
     ALONE,
@@ -86,34 +85,6 @@ def test_control_settings_differ_by_more_than_the_tolerance() -> None:
     case = CASES[2]
     other = at_sp_1(Case("strided", case.num_tokens, case.n, case.n_kv))
     assert (other.out - at_sp_1(case).out).abs().max() > 100 * TOLERANCE
-
-
-class HostWait(AssertionError):
-    """An operator for which the host would wait for the device."""
-
-
-class NoHostWaits(TorchDispatchMode):
-    """Fails on operators that need a number of a tensor, or as many results as it says, on the host."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        indices = (
-            [x for x in args[1] if x is not None] if name in ("index", "index_put", "index_put_") else []
-        )
-        moves = name == "_to_copy" and kwargs.get("device", args[0].device) != args[0].device
-        if (
-            name in ("_local_scalar_dense", "nonzero", "masked_select", "equal")
-            or any(index.dtype in (torch.bool, torch.uint8) for index in indices)
-            or (
-                name == "repeat_interleave" and isinstance(args[0], Tensor) and func._overloadname == "Tensor"
-            )
-            or moves
-        ):
-            raise HostWait(str(func))
-        return func(*args, **kwargs)
 
 
 def two_layers(

@@ -134,6 +134,28 @@ def test_sps2_runs_a_short_prompt_between_two_layers_of_a_long_one() -> None:
     assert one.scheduler.counters.num_pauses == 1
 
 
+@pytest.mark.parametrize(("most", "overtakes"), [(1003, False), (1004, True), (10, False), (None, True)])
+def test_sps2_begins_no_more_tokens_than_may_be_between_layers(most: int | None, overtakes: bool) -> None:
+    """One prompt always may, however long it is."""
+    one = desk("sps2", layers_per_piece=1, max_started_tokens=most)
+    one.add(0, 50, 1)
+    one.run()
+    long = one.add(1, 1000, 1)
+    one.step()
+    short = one.add(2, 4, 1)
+    assert kind(one.step()) == ("p2:0-1" if overtakes else "p1:1-2")
+    one.run()
+    assert long.finish_reason and short.finish_reason
+    assert long.num_pauses == overtakes
+
+
+def test_short_prompts_that_begin_together_are_counted_too() -> None:
+    one = desk("sps2", layers_per_piece=1, short_prompt_tokens=16, max_started_tokens=20)
+    for i in range(4):
+        one.add(i, 8, 1)
+    assert len(one.step().pieces) == 2
+
+
 def wait_among_short_prompts(num_short: int) -> float:
     """When a long prompt has its first token, in times of its own prefill; a short one always waits too."""
     one = desk("sps2", layers_per_piece=1, max_num_seqs=4)

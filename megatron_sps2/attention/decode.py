@@ -61,7 +61,7 @@ class DecodeStep:
         self._local = _Rows.make_room(self.cache, local, me, self.windows)
         # Rows kept here arrive sorted by home rank, which is the order of `rows`.
         self._spread = _Rows.make_room(self.cache, [row for row in self.rows if row.spread], me, self.windows)
-        self._moves = _Moves.of(self._spread.rows, me, self.wire.axis.size)
+        self._moves = _Moves.of(self._spread.rows, me, self.wire.axis.size, self.cache.device)
 
     @property
     def home_counts(self) -> list[int]:
@@ -118,7 +118,7 @@ class DecodeStep:
         """K and V of the spread rows at home here -> of those kept here."""
         both = torch.stack([k, v], dim=1)  # [b/P, 2, n_kv, d]
         if moves.order is not None:
-            both = both[moves.order]
+            both = both.index_select(0, moves.order)
         k, v = route_rows(both, self.wire, moves.sent, moves.received, "move_new_kv").wait().unbind(dim=1)
         return k, v
 
@@ -157,19 +157,19 @@ class _Rows:
 class _Moves:
     """How new K and V get from the rows' homes to where they are kept: the same in every layer."""
 
-    order: list[int] | None  # of the rows at home here, those for rank 0 first; None: as they are
+    order: Tensor | None  # int64, of the rows at home here, those for rank 0 first; None: as they are
     sent: list[int]  # rows to each rank
     received: list[int]
 
     @classmethod
-    def of(cls, rows: list[DecodeRow], me: int, num_ranks: int) -> _Moves | None:
+    def of(cls, rows: list[DecodeRow], me: int, num_ranks: int, device: torch.device) -> _Moves | None:
         """None where every row is kept at home."""
         if all(row.home == row.kv_rank for row in rows):
             return None
         mine = [row.kv_rank for row in rows if row.home == me]
         order = sorted(range(len(mine)), key=lambda i: mine[i])
         return cls(
-            order=None if order == list(range(len(mine))) else order,
+            order=None if order == list(range(len(mine))) else torch.tensor(order, device=device),
             sent=[mine.count(rank) for rank in range(num_ranks)],
             received=_count_homes([row for row in rows if row.kv_rank == me], num_ranks),
         )

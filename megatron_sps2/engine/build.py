@@ -21,7 +21,7 @@ from megatron_sps2.config import CacheConfig, ModelConfig
 from megatron_sps2.engine.block_manager import BlockManager
 from megatron_sps2.engine.csa_reporter import CsaReporter
 from megatron_sps2.engine.decode_graph import CudaRecorder
-from megatron_sps2.engine.dry_prefill import DryPrefill
+from megatron_sps2.engine.dry_prefill import DryPrefill, max_started_tokens
 from megatron_sps2.engine.engine import Engine, Place
 from megatron_sps2.engine.engine_config import EngineConfig
 from megatron_sps2.engine.kernel_check import Heads, settle_kernels
@@ -68,7 +68,9 @@ def build_engine(config: EngineConfig) -> Engine:
     loaded = time.perf_counter()
     kernels = settle_kernels(config.attention.kernels, heads_of(config, model), groups.world)
     if config.cache is None and config.gpu_memory_utilization is not None:
-        config = replace(config, cache=_measured_cache(config, groups, forward, context, kernels))
+        cache = _measured_cache(config, groups, forward, context, kernels)
+        schedule = replace(config.schedule, max_started_tokens=max_started_tokens(config))
+        config = replace(config, cache=cache, schedule=schedule)
     engine = assemble(config, groups, forward, context, kernels)
     mine = StartUp.now(loaded - start, forward.weight_bytes)
     engine.start_up = gather_objects(mine, groups.world)

@@ -47,6 +47,11 @@ def largest_step(config: EngineConfig) -> tuple[list[int], int]:
     return [longest] * whole + [rest] * bool(rest), 0
 
 
+def max_started_tokens(config: EngineConfig) -> int | None:
+    """Of prefills that pause between layers: a largest step, and as many tokens again; None where none do."""
+    return 2 * sum(largest_step(config)[0]) if config.schedule.policy == "sps2" else None
+
+
 def layers_of_each_kind(model: ModelConfig) -> list[int]:
     """Rising: the first layer with a window and the first without, as far as there are."""
     kinds = {layer in model.window_layers: layer for layer in reversed(range(model.num_layers))}

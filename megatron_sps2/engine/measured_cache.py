@@ -13,10 +13,10 @@ import torch
 from megatron_sps2.attention.kv_cache import KVCache
 from megatron_sps2.config import CacheConfig, ModelConfig
 from megatron_sps2.engine import device_memory
-from megatron_sps2.engine.dry_prefill import DryPrefill, dry_prefills
+from megatron_sps2.engine.dry_prefill import DryPrefill, dry_prefills, max_started_tokens
 from megatron_sps2.engine.engine_config import EngineConfig
 from megatron_sps2.engine.fitting_cache import Room, fit_cache
-from megatron_sps2.engine.rank_memory import kv_layer_bytes
+from megatron_sps2.engine.rank_memory import kv_layer_bytes, paused_row_bytes
 from megatron_sps2.engine.runner import Runner
 from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.parallel.collectives import gather_objects, leave_together
@@ -40,9 +40,15 @@ def measured_cache(
         _room(config, lambda one=one: run(one), one.cache.num_blocks * block_bytes)  # type: ignore[misc]
         for one in dry_prefills(config, model)
     ]
-    largest = max(room.activations for room in dry)
+    largest = max(room.activations for room in dry) + _paused_bytes(config, model)
     last = dry[-1]  # libraries have taken what they need by now
     return _fit(config, block_bytes, world, Room(total=last.total, used=last.used, activations=largest))
+
+
+def _paused_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    """Of prompts that pause beside a largest step; short ones may all lie on one rank."""
+    started = max_started_tokens(config)
+    return 0 if started is None else started // 2 * paused_row_bytes(model, config.dtype)
 
 
 def _refuse_shared_devices(config: EngineConfig, world: Axis) -> None:

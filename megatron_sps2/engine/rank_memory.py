@@ -79,6 +79,12 @@ def num_weights(model: ModelConfig, tp_size: int, output_copy: bool) -> int:
     return model.num_layers * (shared // tp_size + whole + norms) + embeddings + norm
 
 
+def paused_row_bytes(model: ModelConfig, dtype: DType) -> int:
+    """Of one token on the rank that computes it, between two layers: its hidden state and its angles."""
+    num_angles = 0 if model.learned_positions else model.head_dim * (2 if model.window_rotary_base else 1)
+    return model.hidden_size * ELEMENT_SIZE[dtype] + 4 * num_angles
+
+
 def _row(model: ModelConfig, tp_size: int) -> int:
     """Elements per token while a layer runs: the residual and its norms, q, k, v in two layouts, the MLP."""
     qkv = (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim

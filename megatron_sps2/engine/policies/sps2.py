@@ -6,6 +6,7 @@ prompt lives wholly on one rank, so that different ranks prefill different ones 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -102,7 +103,10 @@ class Sps2Policy:
     def _begin(self, desk: Desk, waiting: Sequence[Request]) -> _Group | None:
         """The first waiting prompt, and if it is short, more short ones on the other ranks and beside it."""
         load, prefills = [0] * desk.sp_size, list[Prefill]()
+        room = self._room_to_start()
         for request in waiting:
+            if request.num_new_tokens > room and (prefills or self._groups):
+                break
             home = desk.best_home(request, load) if self._is_short(request) else None
             if prefills and (home is None or load[home] + request.num_new_tokens > self._budget):
                 break
@@ -110,6 +114,7 @@ class Sps2Policy:
             if prefill is None:
                 break
             prefills.append(prefill)
+            room -= prefill.num_left
             if home is None:
                 load = [-(-prefill.num_left // desk.sp_size)] * desk.sp_size
                 break
@@ -119,6 +124,12 @@ class Sps2Policy:
         group = _Group(prefills, max(load))
         self._groups.append(group)
         return group
+
+    def _room_to_start(self) -> float:
+        """Tokens that may begin: what each holds between two layers takes memory until its last one."""
+        most = self._config.max_started_tokens
+        started = (prefill.num_left for group in self._groups for prefill in group.prefills)
+        return math.inf if most is None else most - sum(started)
 
     @property
     def _budget(self) -> int:
