@@ -147,6 +147,8 @@ def init_process_group(env: RankEnv, backend: str, timeout: timedelta, store: St
         world_size=env.world_size,
         timeout=timeout,
     )
+    if backend == "gloo":
+        dist.barrier()  # All are connected to all: one that ends from now on breaks no other one's start.
 
 
 def _read_int(env: Environ, *names: str) -> int:
