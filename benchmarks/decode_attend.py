@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.decode_attend [--rows 1 8] [--contexts 4096 32768]
 
-Rates are bytes of K and V over the time; their ceiling is torch's sum of a tensor of as many bytes. Blocks of
-the rows lie interleaved, as those of answers that grow side by side.
+Rates are bytes of K and V over the time; their ceiling is torch's sum of a tensor of as many bytes. A row's
+blocks lie one after another, as a prompt gets them; --interleaved: between those of the others, as answers do
+that grow side by side for long.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import argparse
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from benchmarks.attend import seconds
+from megatron_sps2.attention.huge_pages import prefer_huge_pages
 from megatron_sps2.ops.kernel_set import TORCH, numba_kernels
 from megatron_sps2.ops.paged import PagedKV, PagedRows
 from megatron_sps2.ops.quantized import quantize
@@ -30,6 +33,7 @@ def main() -> None:
         "--heads", type=int, nargs="+", default=[8, 4, 64], help="query heads, KV heads, size"
     )
     parser.add_argument("--stored", nargs="+", default=[*STORED], choices=STORED)
+    parser.add_argument("--interleaved", action="store_true")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds of each line")
     args = parser.parse_args()
     columns = "stored", "rows", "context", "torch, ms", "numba, ms", "numba", "of reading", "ratio"
@@ -43,7 +47,7 @@ def main() -> None:
 
 def _line(stored: str, num_rows: int, context: int, args: argparse.Namespace) -> Iterator[str]:
     num_heads, num_kv_heads, dim = args.heads
-    rows = _rows(num_rows, context)
+    rows = _rows(num_rows, context, args.interleaved)
     kv = _pages(stored, num_rows * len(rows.tables[0]) * BLOCK_SIZE, num_kv_heads, dim)
     q = torch.randn(num_rows, num_heads, dim).to(STORED[stored])
     num_bytes = sum(part.nbytes for part in kv.parts)
@@ -62,18 +66,30 @@ def _line(stored: str, num_rows: int, context: int, args: argparse.Namespace) ->
     )
 
 
-def _rows(num_rows: int, context: int) -> PagedRows:
+def _rows(num_rows: int, context: int, interleaved: bool) -> PagedRows:
     num_blocks = -(-context // BLOCK_SIZE)
-    tables = [[block * num_rows + row for block in range(num_blocks)] for row in range(num_rows)]
+    blocks = torch.arange(num_rows * num_blocks)
+    tables = (
+        blocks.view(num_blocks, num_rows).T if interleaved else blocks.view(num_rows, num_blocks)
+    ).tolist()
     return PagedRows(tables, [0] * num_rows, [context] * num_rows, BLOCK_SIZE)
 
 
 def _pages(stored: str, num_slots: int, num_kv_heads: int, dim: int) -> PagedKV:
     keys, values = (torch.randn(num_kv_heads, num_slots, dim) for _ in "kv")
-    if stored != "fp8":
-        return PagedKV(keys.to(STORED[stored]), values.to(STORED[stored]), BLOCK_SIZE)
-    (keys, key_scales), (values, value_scales) = quantize(keys), quantize(values)
-    return PagedKV(keys, values, BLOCK_SIZE, key_scales, value_scales)
+    if stored == "fp8":
+        (keys, key_scales), (values, value_scales) = map(quantize, (keys, values))
+        parts = [_as_in_a_cache(x) for x in (keys, values, key_scales, value_scales)]
+        return PagedKV(parts[0], parts[1], BLOCK_SIZE, parts[2], parts[3])
+    keys, values = (_as_in_a_cache(x.to(STORED[stored])) for x in (keys, values))
+    return PagedKV(keys, values, BLOCK_SIZE)
+
+
+def _as_in_a_cache(x: Tensor) -> Tensor:
+    """A copy in large pages, where there are any."""
+    copy = torch.empty_like(x)
+    prefer_huge_pages(copy)
+    return copy.copy_(x)
 
 
 if __name__ == "__main__":
