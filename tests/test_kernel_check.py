@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from megatron_sps2.config import KernelChoice
 from megatron_sps2.engine import kernel_check
-from megatron_sps2.engine.kernel_check import CHECKS, Heads, check_kernels, right_libraries
+from megatron_sps2.engine.kernel_check import CHECKS, Heads, check_kernels, right_libraries, settle_kernels
+from megatron_sps2.ops import kernel_set
 from megatron_sps2.ops.append import append_roped
 from megatron_sps2.ops.kernel_set import TORCH, choose_kernels, numba_kernels, triton_kernels
 from megatron_sps2.ops.kernels.fastest import attend_fastest
 from megatron_sps2.ops.kernels.library import Library
+from megatron_sps2.parallel.groups import world_axis
+from tests.ranks import RankFailed, run_ranks
 from tests.test_kernels_library import corner_attention
 
 HEADS = Heads(
@@ -112,6 +117,22 @@ def test_libraries_that_are_right_here_come_first_and_others_are_told(
     assert "wrong is not used for attention: off by" in caplog.text
     assert "raises is not used for attention: no such card" in caplog.text
     assert right_libraries([right], HEADS) == [], "libraries serve no fp32: nothing was tried"
+
+
+def settle(missing_on: int | None, wanted: KernelChoice) -> str:
+    """On a rank: the name of the set, where one of the ranks has no Numba."""
+    if dist.get_rank() == missing_on:
+        kernel_set.find_spec = lambda name: None  # type: ignore[assignment]
+    return settle_kernels(wanted, HEADS, world_axis()).name
+
+
+def test_ranks_that_would_compute_by_different_sets_are_named() -> None:
+    pytest.importorskip("numba")
+    assert run_ranks(2, settle, None, "auto") == ["numba"] * 2
+    assert run_ranks(2, settle, 1, "torch") == ["torch"] * 2
+    for rank, told in ((1, "means torch here, but numba on rank 0"), (0, "means numba here, but torch on")):
+        with pytest.raises(RankFailed, match=f"rank 1: kernels='auto' {told}"):
+            run_ranks(2, settle, rank, "auto")
 
 
 @pytest.mark.parametrize(

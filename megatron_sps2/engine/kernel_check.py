@@ -59,20 +59,24 @@ def settle_kernels(wanted: str, heads: Heads, world: Axis) -> Kernels:
     Raises on every rank alike: RuntimeError where a kernel is off on any, ValueError for what cannot be.
     """
     kernels = choose_kernels(wanted, heads.device, heads.head_dim)
-    if kernels.name == TORCH.name:
-        return kernels
-    problem = ""
-    try:
-        check_kernels(kernels, heads)
-    except RuntimeError as error:
-        problem = str(error)
-    libraries = right_libraries(preferred_libraries(heads.device), heads)
-    everybody = gather_objects((problem, {library.name for library in libraries}), world)
-    for rank, (found, _) in enumerate(everybody):
+    problem, libraries = "", list[Library]()
+    if kernels.name != TORCH.name:
+        try:
+            check_kernels(kernels, heads)
+        except RuntimeError as error:
+            problem = str(error)
+        libraries = right_libraries(preferred_libraries(heads.device), heads)
+    everybody = gather_objects((kernels.name, problem, {library.name for library in libraries}), world)
+    for rank, (name, found, _) in enumerate(everybody):
+        if name != everybody[0][0]:
+            found = (
+                f"kernels={wanted!r} means {name} here, but {everybody[0][0]} on rank 0; install the same "
+            )
+            found += "packages everywhere, or use --kernels torch"
         if found:
             leave_together()
             raise mark_shared(RuntimeError(f"rank {rank}: {found}"))
-    common = set.intersection(*(names for _, names in everybody))
+    common = set.intersection(*(names for *_, names in everybody))
     return _with(kernels, [library for library in libraries if library.name in common])
 
 
