@@ -71,8 +71,8 @@ def settle_kernels(wanted: str, heads: Heads, world: Axis) -> Kernels:
         if name != everybody[0][0]:
             found = (
                 f"kernels={wanted!r} means {name} here, but {everybody[0][0]} on rank 0; install the same "
+                "packages everywhere, or use --kernels torch"
             )
-            found += "packages everywhere, or use --kernels torch"
         if found:
             leave_together()
             raise mark_shared(RuntimeError(f"rank {rank}: {found}"))
