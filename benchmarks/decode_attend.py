@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.decode_attend [--rows 1 8] [--contexts 4096 32768]
 
-Rates are bytes of K and V over the time; their ceiling is torch's sum of a tensor of as many bytes. A row's
+Rates are bytes of K and V over the time; beside them stands torch's sum of a tensor of as many bytes. A row's
 blocks lie one after another, as a prompt gets them; --interleaved: between those of the others, as answers do
 that grow side by side for long.
 """

@@ -296,8 +296,8 @@ class ScheduleConfig:
     tbt_slo_ms: float | None = None
     # sps2: layers of a prefill between two of which others may run; None: by the time they take.
     layers_per_piece: int | None = None
-    # sps2: prompt tokens of all prefills between their first and last layer; None: as many as have KV blocks.
-    # One prefill may always begin.
+    # sps2: tokens of all spread prompts between their first and last layer; None: as many as have KV blocks.
+    # One may always begin, and so may short ones.
     max_started_tokens: int | None = None
     # Share of the blocks of a shard that a new request leaves free while others run, for their next tokens.
     watermark: float = 0.01

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
@@ -56,9 +58,25 @@ def test_rows_of_mixed_lengths(
     assert_right(decode.attend_paged, *make_batch(rows, heads, dtype, quantized), rows, TOLERANCES[dtype])
 
 
+def use_threads(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """However few keys there are."""
+    decode._threads.cache_clear()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    monkeypatch.setattr(decode, "MIN_KEYS", 1)
+
+
+def test_batches_of_all_sizes_share_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_threads(monkeypatch, 4)
+    before = set(threading.enumerate())
+    for num_rows in range(1, 9):
+        rows = make_rows([(0, 40)] * num_rows, 16)
+        assert_right(decode.attend_paged, *make_batch(rows, (4, 2, 64)), rows)
+    assert 1 <= len(set(threading.enumerate()) - before) <= 3
+
+
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_long_rows_are_cut_and_joined(num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    use_threads(monkeypatch, num_threads)
     monkeypatch.setattr(decode, "PIECE", 96)
     rows = make_rows([(0, 96), (0, 97), (7, 700), (0, 0), (300, 492)], 16)
     q, kv = make_batch(rows, (4, 2, 64))
@@ -76,7 +94,7 @@ def test_no_bit_of_a_row_depends_on_its_batch_or_on_threads(
     rows = make_rows([*MIXED, (0, decode.PIECE + 5)], 16)
     q, kv = make_batch(rows, (4, 2, 64), quantized=quantized)
     one = decode.attend_paged(q, kv, rows, scale=0.125)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    use_threads(monkeypatch, 3)
     for x, y in zip(decode.attend_paged(q, kv, rows, scale=0.125), one, strict=True):
         assert torch.equal(x, y)
     assert_rows_are_alone(decode.attend_paged, q, kv, rows)

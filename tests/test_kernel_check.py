@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -133,6 +134,21 @@ def test_ranks_that_would_compute_by_different_sets_are_named() -> None:
     for rank, told in ((1, "means torch here, but numba on rank 0"), (0, "means numba here, but torch on")):
         with pytest.raises(RankFailed, match=f"rank 1: kernels='auto' {told}"):
             run_ranks(2, settle, rank, "auto")
+
+
+def settle_broken() -> None:
+    """On a rank: Numba cannot compile on rank 1."""
+    if dist.get_rank() == 1:
+        kernel_check.CHECKS = {"attend_paged": Mock(side_effect=OSError("no space left"))}
+    settle_kernels("auto", HEADS, world_axis())
+
+
+def test_a_compiler_that_fails_on_one_rank_is_told_on_all() -> None:
+    """Both raise: a rank that waited for the other one would time out."""
+    pytest.importorskip("numba")
+    told = "rank 1: kernels='auto' cannot run here, use --kernels torch: OSError: no space left"
+    with pytest.raises(RankFailed, match=told):
+        run_ranks(2, settle_broken)
 
 
 @pytest.mark.parametrize(

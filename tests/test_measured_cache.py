@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from checkpoints_tools.convert import convert
+from megatron_sps2.attention.core import PrefillStep
 from megatron_sps2.attention.kv_cache import KVCache
 from megatron_sps2.attention.strategy import lay_out
 from megatron_sps2.cli.main import parse_args
@@ -26,12 +27,19 @@ from megatron_sps2.config import CacheConfig, ModelConfig, ParallelConfig, Sampl
 from megatron_sps2.csa_setting import PRESETS
 from megatron_sps2.engine.build import EngineConfig, build_engine, make_cache
 from megatron_sps2.engine.device_memory import DeviceMemory
-from megatron_sps2.engine.dry_prefill import dry_prefills, largest_step, layers_of_each_kind
+from megatron_sps2.engine.dry_prefill import (
+    dry_prefills,
+    largest_step,
+    layers_of_each_kind,
+    max_started_tokens,
+)
 from megatron_sps2.engine.engine import Engine
 from megatron_sps2.engine.fitting_cache import Room, fit_cache
-from megatron_sps2.engine.measured_cache import shared_device
-from megatron_sps2.engine.rank_memory import kv_layer_bytes
+from megatron_sps2.engine.measured_cache import paused_bytes, shared_device
+from megatron_sps2.engine.rank_memory import kv_layer_bytes, paused_row_bytes
 from megatron_sps2.model.gpt import GptForward
+from megatron_sps2.ops.append import append_roped
+from megatron_sps2.ops.kernel_set import TORCH
 from megatron_sps2.simulator.shapes import SHAPES
 from tests.ranks import RankFailed, run_ranks
 from tests.tiny_llama import prompt, save_hf_llama
@@ -153,6 +161,21 @@ def test_plans_grant_blocks_for_every_token_and_none_twice(
         assert all(b - 1 == next_ for b, next_ in zip(dry.past_blocks, dry.past_blocks[1:], strict=False))
 
 
+def test_prompts_that_pause_beside_a_largest_step_are_counted() -> None:
+    row = 4096 * 2 + 128 * (4 + 2 * 2) + 8
+    assert paused_row_bytes(LLAMA, "bfloat16") == row
+    asked = config(9000, 4, batched=256, dtype="bfloat16")
+    assert max_started_tokens(asked) == 18_000
+    assert paused_bytes(asked, LLAMA) == 2250 * row
+    with_short = {"short_prompt_tokens": 100, "max_num_seqs": 7}
+    assert paused_bytes(config(9000, 4, dtype="bfloat16", schedule=with_short), LLAMA) == (2250 + 700) * row
+    given = config(9000, 4, dtype="bfloat16", schedule={"max_started_tokens": 10_000})
+    assert max_started_tokens(given) == 10_000 and paused_bytes(given, LLAMA) == 250 * row
+    for policy in ("fcfs", "sarathi"):
+        assert max_started_tokens(config(policy=policy)) is None
+        assert paused_bytes(config(policy=policy), LLAMA) == 0
+
+
 def test_a_layer_of_each_kind_is_run() -> None:
     assert layers_of_each_kind(LLAMA) == [0]
     model = replace(LLAMA, window=512, window_layers=(0, 1, 2, 4, 5))
@@ -174,8 +197,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TOTAL, BASE, PEAK = 10_000_000, 3_000_000, 1_500_000
-# Hidden state (64) and angles (8), fp32, of as many tokens as a largest step has: they may pause beside it.
-PAUSED = 512 * (64 + 8) * 4
+# Hidden state (64), angles, cosines and sines (8 each), fp32, and a slot of as many tokens as a largest step
+# has on one of two ranks: they may pause beside it.
+PAUSED = 256 * ((64 + 3 * 8) * 4 + 8)
 
 
 @contextmanager
@@ -263,6 +287,25 @@ def test_control_a_run_that_is_not_made_measures_nothing(checkpoint: Path) -> No
 def test_no_room_is_said_by_every_rank_alike(checkpoint: Path) -> None:
     with pytest.raises(RankFailed, match=r"rank 1 has 0.00 GiB for its KV cache"):
         run_ranks(2, build, small(checkpoint, gpu_memory_utilization=0.31))
+
+
+def pause(asked: EngineConfig) -> int:
+    """On a rank: bytes of a prompt of 500 tokens that pauses after its first layer, where kernels turn."""
+    runner = build_engine(asked)._runner
+    runner.kernels = replace(TORCH, append_roped=append_roped)
+    dry = next(iter(dry_prefills(asked, runner._forward.model)))
+    runner.run(dry.plans[0])
+    part = runner._paused[0]
+    rotation = part.step.rotation_of(0)
+    assert isinstance(part.step, PrefillStep) and rotation
+    held = part.hidden, part.angles, rotation.cos, rotation.sin, part.step._new.tensor(torch.device("cpu"))
+    return sum(x.nbytes for x in held)
+
+
+def test_what_a_paused_prompt_holds_is_what_is_counted(checkpoint: Path) -> None:
+    cache = CacheConfig(num_blocks=200, block_size=4)
+    asked = replace(small(checkpoint), parallel=ParallelConfig(), cache=cache)
+    assert run_ranks(1, pause, asked) == [500 * PAUSED // 256]
 
 
 def test_memory_that_ends_in_the_dry_run_is_told_with_what_helps(checkpoint: Path) -> None:

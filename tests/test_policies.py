@@ -149,11 +149,15 @@ def test_sps2_begins_no_more_tokens_than_may_be_between_layers(most: int | None,
     assert long.num_pauses == overtakes
 
 
-def test_short_prompts_that_begin_together_are_counted_too() -> None:
-    one = desk("sps2", layers_per_piece=1, short_prompt_tokens=16, max_started_tokens=20)
-    for i in range(4):
+def test_short_prompts_begin_however_much_is_between_layers() -> None:
+    one = desk("sps2", layers_per_piece=1, short_prompt_tokens=16, max_started_tokens=10)
+    one.add(0, 50, 1)
+    one.run()
+    one.add(1, 1000, 1)
+    one.step()
+    for i in (2, 3):
         one.add(i, 8, 1)
-    assert len(one.step().pieces) == 2
+    assert [piece.request_id for piece in one.step().pieces] == [2, 3]
 
 
 def wait_among_short_prompts(num_short: int) -> float:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("megatron_sps2", "torch", "megatron-core", "deepspeed", "mpi4py", "transformers", "sentencepiece")
+PACKAGES = (
+    *("megatron_sps2", "torch", "numba", "megatron-core", "deepspeed", "mpi4py", "transformers"),
+    "sentencepiece",
+)
 # What computes, and must be the same on every rank.
-COMPARED = ("megatron_sps2", "torch", "megatron-core", "numpy", "transformers")
+COMPARED = ("megatron_sps2", "torch", "numba", "megatron-core", "numpy", "transformers")
 MISSING = "not installed"
 
 

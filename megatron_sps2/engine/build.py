@@ -255,7 +255,7 @@ def _fingerprint(config: EngineConfig) -> dict[str, Any]:
         found["model"], found["weights"] = asdict(manifest.model), manifest.content_id
     except (ValueError, OSError) as error:
         found["checkpoint"] = str(error)
-    for package in ("megatron_sps2", "torch", "megatron-core"):
+    for package in ("megatron_sps2", "torch", "numba", "megatron-core"):
         try:
             found[f"{package} version"] = version(package)
         except PackageNotFoundError:

@@ -48,8 +48,11 @@ def largest_step(config: EngineConfig) -> tuple[list[int], int]:
 
 
 def max_started_tokens(config: EngineConfig) -> int | None:
-    """Of prefills that pause between layers: a largest step, and as many tokens again; None where none do."""
-    return 2 * sum(largest_step(config)[0]) if config.schedule.policy == "sps2" else None
+    """Of long prefills that pause between layers: as asked for, else those of a largest step, and as many
+    again; None where none pause."""
+    if config.schedule.policy != "sps2":
+        return None
+    return config.schedule.max_started_tokens or 2 * sum(largest_step(config)[0])
 
 
 def layers_of_each_kind(model: ModelConfig) -> list[int]:

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 # Root mean square of the difference over that of what is right. bf16 rounds weights and outputs to 2^-9.
 LIMITS = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 NUM_BLOCKS = 12
+LONG_ROW = 2100
 # Queries, keys and diagonals of prefill attention.
 CALLS = ((200, 200, 0), (777, 777, 0), (150, 300, 150), (70, 300, 230), (140, 90, None), (16, 1100, None))
 
@@ -58,14 +59,18 @@ def settle_kernels(wanted: str, heads: Heads, world: Axis) -> Kernels:
 
     Raises on every rank alike: RuntimeError where a kernel is off on any, ValueError for what cannot be.
     """
-    kernels = choose_kernels(wanted, heads.device, heads.head_dim)
-    problem, libraries = "", list[Library]()
-    if kernels.name != TORCH.name:
-        try:
+    kernels, problem, libraries = TORCH, "", list[Library]()
+    try:
+        kernels = choose_kernels(wanted, heads.device, heads.head_dim)
+        if kernels.name != TORCH.name:
             check_kernels(kernels, heads)
-        except RuntimeError as error:
-            problem = str(error)
-        libraries = right_libraries(preferred_libraries(heads.device), heads)
+            libraries = right_libraries(preferred_libraries(heads.device), heads)
+    except ValueError:
+        raise
+    except WrongKernel as error:
+        problem = str(error)
+    except Exception as error:  # A compiler may fail in any way; the other ranks wait for this one's word.
+        problem = f"kernels={wanted!r} cannot run here, use --kernels torch: {type(error).__name__}: {error}"
     everybody = gather_objects((kernels.name, problem, {library.name for library in libraries}), world)
     for rank, (name, found, _) in enumerate(everybody):
         if name != everybody[0][0]:
@@ -80,8 +85,12 @@ def settle_kernels(wanted: str, heads: Heads, world: Axis) -> Kernels:
     return _with(kernels, [library for library in libraries if library.name in common])
 
 
+class WrongKernel(RuntimeError):
+    """A kernel's numbers are off."""
+
+
 def check_kernels(kernels: Kernels, heads: Heads) -> None:
-    """Raises RuntimeError naming the kernel that differs from the torch set, and by how much."""
+    """Raises WrongKernel naming the kernel that differs from the torch set, and by how much."""
     limit = LIMITS[heads.dtype]
     for name, check in CHECKS.items():
         if all(getattr(kernels, each) is getattr(TORCH, each) for each in USES[name]):
@@ -89,7 +98,7 @@ def check_kernels(kernels: Kernels, heads: Heads) -> None:
         for found, wanted in check(kernels, heads):
             error = relative_error(found, wanted)
             if not error <= limit:  # NaN, too
-                raise RuntimeError(
+                raise WrongKernel(
                     f"kernel {name} of the set {kernels.name!r} is off by {error:.1e}, over {limit:.0e}, "
                     f"with {heads}; use --kernels torch, and report it"
                 )
@@ -164,11 +173,13 @@ def _check_paged(kernels: Kernels, heads: Heads) -> Iterator[tuple[Tensor, Tenso
             (part.float() for part in kept.parts), (part.float() for part in wanted.parts), strict=True
         )
     last = len(slots) - 1
-    rows = PagedRows([blocks[:1], blocks, blocks], [0, 0, last // 2], [1, last, last + 1], size)
+    long = blocks * -(-LONG_ROW // len(slots))  # the same tokens again and again: rows this long are cut
+    tables = [blocks[:1], blocks, blocks, long]
+    rows = PagedRows(tables, [0, 0, last // 2, 3], [1, last, last + 1, LONG_ROW], size)
     x = {"scale": heads.head_dim**-0.5}
     yield from zip(
-        kernels.attend_paged(q[:3], wanted, rows, **x),
-        attend_paged_reference(q[:3], wanted, rows, **x),
+        kernels.attend_paged(q[:4], wanted, rows, **x),
+        attend_paged_reference(q[:4], wanted, rows, **x),
         strict=True,
     )
 

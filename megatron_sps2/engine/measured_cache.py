@@ -13,7 +13,7 @@ import torch
 from megatron_sps2.attention.kv_cache import KVCache
 from megatron_sps2.config import CacheConfig, ModelConfig
 from megatron_sps2.engine import device_memory
-from megatron_sps2.engine.dry_prefill import DryPrefill, dry_prefills, max_started_tokens
+from megatron_sps2.engine.dry_prefill import DryPrefill, dry_prefills, largest_step, max_started_tokens
 from megatron_sps2.engine.engine_config import EngineConfig
 from megatron_sps2.engine.fitting_cache import Room, fit_cache
 from megatron_sps2.engine.rank_memory import kv_layer_bytes, paused_row_bytes
@@ -40,15 +40,20 @@ def measured_cache(
         _room(config, lambda one=one: run(one), one.cache.num_blocks * block_bytes)  # type: ignore[misc]
         for one in dry_prefills(config, model)
     ]
-    largest = max(room.activations for room in dry) + _paused_bytes(config, model)
+    largest = max(room.activations for room in dry) + paused_bytes(config, model)
     last = dry[-1]  # libraries have taken what they need by now
     return _fit(config, block_bytes, world, Room(total=last.total, used=last.used, activations=largest))
 
 
-def _paused_bytes(config: EngineConfig, model: ModelConfig) -> int:
-    """Of prompts that pause beside a largest step; short ones may all lie on one rank."""
+def paused_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    """Of prompts that pause beside a largest step: long ones over all ranks, short ones all on this one."""
     started = max_started_tokens(config)
-    return 0 if started is None else started // 2 * paused_row_bytes(model, config.dtype)
+    if started is None:
+        return 0
+    schedule = config.schedule
+    long = max(0, started - sum(largest_step(config)[0]))
+    short = schedule.max_num_seqs * min(schedule.short_prompt_tokens, config.max_model_len)
+    return (-(-long // config.parallel.sp_size) + short) * paused_row_bytes(model, config.dtype)
 
 
 def _refuse_shared_devices(config: EngineConfig, world: Axis) -> None:

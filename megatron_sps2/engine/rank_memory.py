@@ -80,9 +80,13 @@ def num_weights(model: ModelConfig, tp_size: int, output_copy: bool) -> int:
 
 
 def paused_row_bytes(model: ModelConfig, dtype: DType) -> int:
-    """Of one token on the rank that computes it, between two layers: its hidden state and its angles."""
+    """Of one token on the rank that computes it, between two layers.
+
+    Its hidden state, its angles, their cosines and sines where kernels turn by them, and its slot.
+    """
     num_angles = 0 if model.learned_positions else model.head_dim * (2 if model.window_rotary_base else 1)
-    return model.hidden_size * ELEMENT_SIZE[dtype] + 4 * num_angles
+    size = ELEMENT_SIZE[dtype]
+    return model.hidden_size * size + num_angles * (4 + 2 * size) + 8
 
 
 def _row(model: ModelConfig, tp_size: int) -> int:

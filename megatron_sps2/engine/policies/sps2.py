@@ -105,16 +105,15 @@ class Sps2Policy:
         load, prefills = [0] * desk.sp_size, list[Prefill]()
         room = self._room_to_start()
         for request in waiting:
-            if request.num_new_tokens > room and (prefills or self._groups):
-                break
             home = desk.best_home(request, load) if self._is_short(request) else None
+            if home is None and self._groups and request.num_new_tokens > room:
+                break
             if prefills and (home is None or load[home] + request.num_new_tokens > self._budget):
                 break
             prefill = desk.start(request, home)
             if prefill is None:
                 break
             prefills.append(prefill)
-            room -= prefill.num_left
             if home is None:
                 load = [-(-prefill.num_left // desk.sp_size)] * desk.sp_size
                 break
@@ -126,9 +125,13 @@ class Sps2Policy:
         return group
 
     def _room_to_start(self) -> float:
-        """Tokens that may begin: what each holds between two layers takes memory until its last one."""
+        """Tokens of a long prompt that may begin: what each holds between layers takes memory until its last.
+
+        Short ones are few and small: they need not ask, or they would wait for long ones.
+        """
         most = self._config.max_started_tokens
-        started = (prefill.num_left for group in self._groups for prefill in group.prefills)
+        begun = (prefill for group in self._groups for prefill in group.prefills)
+        started = (prefill.num_left for prefill in begun if prefill.request.home is None)
         return math.inf if most is None else most - sum(started)
 
     @property

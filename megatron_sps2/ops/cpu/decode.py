@@ -18,8 +18,8 @@ from megatron_sps2.ops.cpu.decode_kernel import attend_pieces, cut, join_pieces
 from megatron_sps2.ops.paged import PagedKV, PagedRows
 
 PIECE = 2048
-# A thread for fewer heads of pieces than this costs more than it saves.
-MIN_ITEMS = 4
+# Keys of one head, for fewer of which a thread is not asked: they take some 50 us.
+MIN_KEYS = 8192
 # What numpy knows of the same size; other dtypes take torch's way.
 NUMPY_VIEWS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
 
@@ -36,10 +36,9 @@ def attend_paged(q: Tensor, kv: PagedKV, rows: PagedRows, *, scale: float) -> tu
     attend = partial(attend_pieces, queries, keys, values, *scales, tables, kv.block_size, pieces)
     outs = np.empty((len(pieces), *queries.shape[1:]), np.float32)
     lses = np.empty(outs.shape[:2], np.float32)
-    num_shares = max(1, min(torch.get_num_threads(), len(pieces) * len(keys) // MIN_ITEMS))
-    others = [
-        _threads(num_shares).submit(attend, share, num_shares, outs, lses) for share in range(1, num_shares)
-    ]
+    num_items, num_keys = len(pieces) * len(keys), int((stops - starts).sum()) * len(keys)
+    num_shares = max(1, min(torch.get_num_threads(), num_items, num_keys // MIN_KEYS))
+    others = [_threads().submit(attend, share, num_shares, outs, lses) for share in range(1, num_shares)]
     attend(0, num_shares, outs, lses)
     for other in others:
         other.result()
@@ -57,5 +56,6 @@ def _scales(stored: Tensor | None, num_kv_heads: int) -> Any:
 
 
 @cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count - 1, thread_name_prefix="attend")
+def _threads() -> ThreadPoolExecutor:
+    """As many as torch has, less this one; started as they are needed."""
+    return ThreadPoolExecutor(max(1, torch.get_num_threads() - 1), thread_name_prefix="attend")

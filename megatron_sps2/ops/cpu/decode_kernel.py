@@ -69,7 +69,8 @@ def exp(x):
     total = total * rest + TERMS[1]
     total = total * rest + TERMS[0]
     exponent = np.uint32(np.int32(power) + np.int32(127))
-    return total * np.uint32(exponent << np.uint32(23)).view(np.float32)
+    found = total * np.uint32(exponent << np.uint32(23)).view(np.float32)
+    return found if x == x else x  # what NaN is as an integer, nobody says
 
 
 @compiled
