@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
+import megatron_sps2.model.eager  # noqa: F401  # isort: skip  # before anything of Megatron
+
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing

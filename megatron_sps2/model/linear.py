@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import platform
 
+import megatron_sps2.model.eager  # noqa: F401  # isort: skip  # before anything of Megatron
+
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel

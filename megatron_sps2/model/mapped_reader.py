@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import megatron_sps2.model.eager  # noqa: F401  # isort: skip  # before anything of Megatron
+
 import numpy as np
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict

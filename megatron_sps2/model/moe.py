@@ -6,6 +6,8 @@ dispatchers, which move tokens to experts, are not used. Knows no sequence: each
 
 from __future__ import annotations
 
+import megatron_sps2.model.eager  # noqa: F401  # isort: skip  # before anything of Megatron
+
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
