@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_sps2.ops.kernels.csa_pack import TILE_NUMBERS
 from megatron_sps2.ops.kernels.csa_score import SEGMENTS
 from megatron_sps2.ops.kernels.csa_select import KINDS
 from megatron_sps2.ops.kernels.csa_tiles import attend_constants
@@ -37,6 +38,11 @@ TYPES: dict[str, dict[str, str]] = {
     },
     "count_kernel": {"bits": "*u8", "counts": "*i32"},
     "list_kernel": {"bits": "*u8", "first": "*i64", "task_row": "*i32", "rows": "*i32"},
+    "unite_kernel": {"bits": "*u8", "tasks": "*i64", "first": "*i32", "united": "*u8", "counts": "*i32"},
+    "move_kernel": {
+        **dict.fromkeys(("k", "v", "packed"), ELEMENT),
+        **{"bits": "*u8", "first": "*i64", "parcel_row": "*i64"},
+    },
     "attend_kernel": {
         **dict.fromkeys(("q", "k", "v", "out"), ELEMENT),
         **{"rows": "*i32", "first": "*i64", "scale_log2": "fp32"},
@@ -99,6 +105,18 @@ KERNELS: list[tuple[str, str, str, dict[str, Any], bool]] = [
     ),
     ("csa count", "csa_list", "count_kernel", {"SIZE": 2048}, False),
     ("csa list", "csa_list", "list_kernel", {"SIZE": 2048}, False),
+    ("csa unite", "csa_pack", "unite_kernel", {"SIZE": 128}, False),
+    *(
+        (
+            f"csa {'pack' if pack else 'lay out'} d{d}",
+            "csa_pack",
+            "move_kernel",
+            {"PACK": pack, "SIZE": 1024, "KEYS": max(8, TILE_NUMBERS // d), "D": d, "BLOCK_D": d},
+            False,
+        )
+        for pack in (True, False)
+        for d in (64, 128)
+    ),
     ("csa attend bf16 d128", "csa_attend", "attend_kernel", _attend(128, torch.bfloat16), True),
     ("csa attend bf16 d64", "csa_attend", "attend_kernel", _attend(64, torch.bfloat16), True),
     ("csa attend few rows d128", "csa_attend", "attend_kernel", _attend(128, torch.bfloat16, 64), True),

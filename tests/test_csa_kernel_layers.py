@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -15,7 +17,9 @@ from megatron_sps2.attention.csa import CsaRun, csa  # noqa: E402
 from megatron_sps2.attention.csa_plan import CsaPlan  # noqa: E402
 from megatron_sps2.attention.csa_tally import CsaTally  # noqa: E402
 from megatron_sps2.ops.kernel_set import TORCH, Kernels, triton_kernels  # noqa: E402
+from megatron_sps2.ops.pack import Packing, Parcels, unite  # noqa: E402
 from megatron_sps2.parallel.collectives import Wire  # noqa: E402
+from megatron_sps2.parallel.groups import Axis  # noqa: E402
 from megatron_sps2.parallel.ledger import Ledger  # noqa: E402
 from tests.host_waits import HostWait, NoHostWaits  # noqa: E402
 from tests.ranks import run_ranks  # noqa: E402
@@ -88,12 +92,17 @@ def test_control_settings_differ_by_more_than_the_tolerance() -> None:
 
 
 def two_layers(
-    kernels: Kernels, device: torch.device, watch: Callable[[], Any], case: Case = CASES[2]
+    kernels: Kernels,
+    device: torch.device,
+    watch: Callable[[], Any],
+    case: Case = CASES[2],
+    axis: Axis = ALONE,
 ) -> CsaTally:
     """The second one is watched: what is made once for a prompt is made by then."""
-    tensors = [x.to(device) for x in qkv(case.num_tokens, case.n, case.n_kv)]
-    plan, tally = CsaPlan(case.chosen, case.num_tokens, 1), CsaTally(NUM_LAYERS, case.n_kv, device)
-    wire = Wire(ALONE, Ledger())
+    plan, tally = CsaPlan(case.chosen, case.num_tokens, axis.size), CsaTally(NUM_LAYERS, case.n_kv, device)
+    places = plan.layout.positions(axis.rank)
+    tensors = [x[places].to(device) for x in qkv(case.num_tokens, case.n, case.n_kv)]
+    wire = Wire(axis, Ledger())
     run = CsaRun(plan=plan, wire=wire, scale=SCALE, overlap=True, tally=tally, kernels=kernels)
     csa(*tensors, run, 0)
     with watch():
@@ -108,10 +117,29 @@ def test_on_one_rank_no_operator_of_a_layer_waits_for_the_host(case: Case) -> No
     assert tally.encode().isfinite().all()
 
 
+def two_layers_on_rank(cases: list[Case], kernels: Kernels) -> None:
+    for case in cases:
+        two_layers(kernels, torch.device("cpu"), NoHostWaits, case, sp_axis())
+
+
 @interpreted
-def test_control_the_torch_set_waits() -> None:
+def test_on_two_ranks_a_layer_waits_for_the_numbers_of_kept_keys_alone() -> None:
+    """Which it reads as a list: what sizes of messages need, and the one thing that is let through here."""
+    run_ranks(2, two_layers_on_rank, CASES[1:3], triton_kernels())
+
+
+def waiting_unite(bits: Tensor, parcels: Parcels) -> Packing:
+    found = unite(bits, parcels)
+    assert found.first[-1].item() >= 0
+    return found
+
+
+@interpreted
+def test_control_what_waits_is_noticed() -> None:
     with pytest.raises(HostWait):
         two_layers(TORCH, torch.device("cpu"), NoHostWaits)
+    with pytest.raises(AssertionError, match=HostWait.__name__):
+        run_ranks(2, two_layers_on_rank, CASES[1:2], replace(triton_kernels(), unite=waiting_unite))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -87,6 +88,37 @@ def test_probes_sums_are_the_references(dtype: torch.dtype) -> None:
         want = TorchSelector(k, routes.scoring, SCALE).score(probes)
         torch.testing.assert_close(found.here, want.here, atol=TOLERANCE, rtol=0)
         torch.testing.assert_close(found.own, want.own, atol=TOLERANCE, rtol=0)
+
+
+def shares_by_reference(shape: Shape, probes: Tensor, k: Tensor, totals: Tensor) -> Tensor:
+    """[n_kv, tasks, G]: each key's share of the probes' attention, from its definition, in fp64."""
+    reads = shape.routes.scoring
+    found = torch.zeros(shape.n_kv, reads.num_tasks, reads.segment_size, dtype=torch.float64)
+    for i, reader in enumerate(reads.readers):
+        rows, past = reads.probes(i), reader.num_past * reads.segment_size
+        for head in range(shape.n_kv):
+            mine = probes[rows, head * shape.group : (head + 1) * shape.group].double().flatten(0, 1)
+            scores = mine @ k[head, :past].double().t() * SCALE
+            shares = (scores - totals[head, rows].flatten()[:, None] * math.log(2)).exp().mean(0)
+            found[head, reads.tasks(i)] = shares.unflatten(0, (-1, reads.segment_size))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shares_are_what_their_definition_gives(dtype: torch.dtype) -> None:
+    """The mass kernel alone: for all tasks, for those of the last reader; totals that are off are seen."""
+    for shape in SHAPES:
+        q, k, _ = dataclasses.replace(shape, dtype=dtype).drawn()
+        reads = shape.routes.scoring
+        probes = q.index_select(0, shape.routes.own_probes)
+        selector = TritonSelector(k, reads, SCALE)
+        totals = selector.score(probes).here
+        want = shares_by_reference(shape, probes, k, totals).float()
+        for tasks in (range(reads.num_tasks), range(reads.first_task[-2], reads.num_tasks)):
+            found = selector._mass(totals, tasks)
+            torch.testing.assert_close(found, want[:, tasks.start :], atol=TOLERANCE, rtol=1e-4)
+        off = selector._mass(totals + 0.01, range(reads.num_tasks))
+        assert ((off - want).abs() > 1e-3 * want).all()
 
 
 def test_readers_of_other_ranks_have_no_own_sum() -> None:

@@ -84,7 +84,7 @@ def prefill(strategy: str, num_past: int, kept: KVCacheDType, windows: Windows, 
     watch_second_layer(step, num_rows)
 
 
-def decode(kept: KVCacheDType, windows: Windows) -> None:
+def decode(kept: KVCacheDType, windows: Windows, changes: Any = None) -> None:
     """On a rank: a row that stays at home, one whose new K and V stay, and two that are kept elsewhere."""
     sp = ParallelGroups.create(ParallelConfig(sp_size=NUM_RANKS)).sp
     cache = make_cache(kept)
@@ -103,7 +103,7 @@ def decode(kept: KVCacheDType, windows: Windows) -> None:
         rows=rows,
         scale=DIM**-0.5,
         windows=windows,
-        kernels=KERNELS,
+        kernels=replace(KERNELS, **(changes or {})),
         rotation_of=lambda layer: Rotation.of(torch.rand(2, DIM), torch.float32),
     )
     watch_second_layer(step, step.home_counts[sp.rank])
@@ -136,6 +136,9 @@ def waiting_merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor,
     return KERNELS.merge(outs, lses)
 
 
-def test_control_a_kernel_that_looks_at_a_number_is_noticed() -> None:
+@pytest.mark.parametrize(
+    ("step", "args"), [(prefill, ("pass_q", 0, "auto", NO_WINDOWS)), (decode, ("auto", NO_WINDOWS))]
+)
+def test_control_a_kernel_that_looks_at_a_number_is_noticed(step: Any, args: tuple[Any, ...]) -> None:
     with pytest.raises(AssertionError, match=HostWait.__name__):
-        run_ranks(NUM_RANKS, prefill, "pass_q", 0, "auto", NO_WINDOWS, {"merge": waiting_merge})
+        run_ranks(NUM_RANKS, step, *args, {"merge": waiting_merge})

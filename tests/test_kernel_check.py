@@ -40,7 +40,7 @@ BY_SLOT = replace(
     key_selector=type("Selector", (TORCH.key_selector,), {}),
     **{
         name: functools.partial(getattr(TORCH, name))
-        for name in ("attend", "merge", "attend_paged", "attend_kept")
+        for name in ("attend", "merge", "attend_paged", "attend_kept", "unite", "pack", "lay_out")
     },
 )
 
@@ -181,12 +181,17 @@ def test_a_library_gets_the_calls_that_it_is_preferred_for(
     [
         ("attend", late("attend", spoil_last)),
         ("attend", {"attend": lambda q, k, v, **x: TORCH.attend(q, k, v, **{**x, "diagonal": None})}),
+        ("attend", {"attend": lambda q, k, v, **x: TORCH.attend(q, k, k, **x)}),
         ("attend", late("attend", lambda pair: (pair[0] * torch.nan, pair[1]))),
         ("merge", late("merge", lambda pair: (pair[0], pair[1] + 1))),
         ("attend_paged", late("attend_paged", spoil_last)),
         ("attend_paged", late("append_roped", lambda pair: (pair[0], pair[1].flip(-1)))),
         ("attend_paged", {"append_roped": forget}),
         ("csa", {"attend_kept": lambda *_, **__: iter(())}),
+        ("pack", late("unite", lambda packing: replace(packing, first=packing.first.flip(0)))),
+        ("pack", late("unite", lambda packing: replace(packing, bits=packing.bits ^ 1))),
+        ("pack", late("pack", lambda packed: packed.flip(1))),
+        ("pack", {"lay_out": lambda *_: None}),
     ],
 )
 def test_control_a_wrong_kernel_is_named(name: str, changes: dict[str, Any]) -> None:

@@ -12,7 +12,10 @@ from megatron_sps2.ops.attend import attend_reference
 
 pytest.importorskip("triton")
 
-from megatron_sps2.ops.kernels import prefill  # noqa: E402
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from megatron_sps2.ops.kernels import flash, prefill  # noqa: E402
 from megatron_sps2.ops.kernels.prefill import attend_prefill  # noqa: E402
 from megatron_sps2.ops.kernels.tiles import choose_tiles, keys_per_split  # noqa: E402
 
@@ -138,6 +141,24 @@ def test_large_scores_do_not_overflow(make: Make) -> None:
     # Scores near 1e3 in fp32 are known to 1e-4, and so are the weights made of them.
     torch.testing.assert_close(out, want_out, atol=3e-3, rtol=3e-3)
     torch.testing.assert_close(lse, want_lse, atol=3e-3, rtol=0)
+
+
+@triton.jit
+def unshifted_softmax(scores, scale_log2, top, total):  # type: ignore[no-untyped-def]
+    """As flash.running_softmax, right while no weight is beyond fp32."""
+    weights = tl.math.exp2(scores * scale_log2)
+    return weights, tl.full(total.shape, 1.0, tl.float32), tl.zeros_like(top), total + tl.sum(weights, 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a compiled kernel keeps the softmax that it has")
+def test_control_a_softmax_without_its_top_overflows_on_large_scores_alone(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash, "running_softmax", unshifted_softmax)
+    q, k, v = make(30, 100, dtype=FP32)
+    check(q, k, v, 70)
+    out, _ = attend_prefill(q * 1e3, k, v, scale=0.125, diagonal=70)
+    assert not out.isfinite().all()
 
 
 def test_keys_that_are_not_numbers_are_told(make: Make) -> None:

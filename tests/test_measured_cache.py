@@ -226,6 +226,11 @@ def told() -> Iterator[None]:
         yield
 
 
+def build_without_a_run(asked: EngineConfig) -> dict[str, Any]:
+    with mock.patch("megatron_sps2.engine.build.run_dry"):
+        return build(asked)
+
+
 def build(asked: EngineConfig) -> dict[str, Any]:
     """On a rank: what an engine of measured memory has, ran before it served, and answers."""
     rows, plain = list[int](), GptForward.layer
@@ -282,6 +287,7 @@ def test_control_a_run_that_is_not_made_measures_nothing(checkpoint: Path) -> No
     """With the size given, nothing is run before a request comes."""
     asked = replace(small(checkpoint), cache=CacheConfig(num_blocks=200, block_size=4))
     assert run_ranks(2, build, asked)[0]["rows"] == []
+    assert run_ranks(2, build_without_a_run, small(checkpoint))[0]["rows"] == []
 
 
 def test_no_room_is_said_by_every_rank_alike(checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""Kernels that only move and mix: merging partial results, turning and keeping new keys and values."""
+"""Kernels that only move and mix: merging partials, turning and keeping new K and V, packing kept ones."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from benchmarks.gpu.timing import milliseconds, num_sets
 
 NUM_PARTS = 8
 BLOCK_SIZE = 64
+KEPT = 0.15  # of all keys
 
 
 def cases(bench: Bench) -> Iterator[Case]:
@@ -26,6 +27,9 @@ def cases(bench: Bench) -> Iterator[Case]:
                 name="append and rotate" + (", fp8" if quantized else ""),
                 measure=partial(_append, bench, tokens, quantized),
             )
+    for tokens in bench.pick(full=(16384, 131072), quick=(16384,), tiny=(64,)):
+        for way in ("pack", "lay out"):
+            yield Case(name=f"{way} kept keys", measure=partial(_move_kept, bench, tokens, way))
 
 
 def _heads(bench: Bench) -> tuple[int, int, int]:
@@ -98,6 +102,48 @@ def _append(bench: Bench, num_tokens: int, quantized: bool) -> Row:
         shape=f"{num_tokens} tokens, {n}/{n_kv} heads of {d}, bf16",
         milliseconds=taken,
         rate=moved / taken / 1e9,
+        unit="TB/s",
+        check=check,
+    )
+
+
+def _move_kept(bench: Bench, num_tokens: int, way: str) -> Row:
+    """Keys and values of a rank that one other rank keeps, into a message or out of it."""
+    parcels_type, reference = operation("pack", "Parcels"), operation("pack", "pack")
+    unite, pack, lay_out = (kernel("csa_pack", name) for name in ("unite", "pack", "lay_out"))
+    _, n_kv, d = _heads(bench)
+    device, dtype = bench.device, torch.bfloat16
+    segment = bench.pick(full=1024, quick=1024, tiny=16)
+    parcels = parcels_type.of(
+        [[i] for i in range(num_tokens // segment)], range(0, num_tokens, segment), device
+    )
+    kept = torch.rand(n_kv, len(parcels), segment, device=device) < KEPT
+    packing = unite(operation("sparsity", "pack_bits")(kept), parcels)
+    num_keys = int(packing.first[-1])
+    num_bytes = 2 * num_keys * 2 * d * dtype.itemsize  # read and written
+    sets = [
+        torch.randn(2, n_kv, num_tokens, d, device=device, dtype=dtype)
+        for _ in range(num_sets(num_bytes, device))
+    ]
+    with poisoned():
+        packed = pack(*sets[0], packing, parcels, num_keys)
+    whole, wanted = torch.zeros_like(sets[0]), torch.where(kept.flatten(1)[..., None], sets[0], 0)
+    lay_out(packed, packing, parcels, *whole)
+    right = reference(*sets[0], packing, parcels, num_keys)
+    check = compare((packed, whole), ((packed, right), (whole, wanted)), 0.0)
+    messages = [pack(*each, packing, parcels, num_keys) for each in sets]
+
+    def move(i: int) -> object:
+        i %= len(sets)
+        if way == "pack":
+            return pack(*sets[i], packing, parcels, num_keys)
+        return lay_out(messages[i], packing, parcels, *sets[i])
+
+    taken = milliseconds(move, device)
+    return Row(
+        shape=f"{num_tokens} tokens, {n_kv} heads of {d}, bf16, {KEPT:.0%} kept",
+        milliseconds=taken,
+        rate=num_bytes / taken / 1e9,
         unit="TB/s",
         check=check,
     )

@@ -110,7 +110,7 @@ def _step(
     wire = Wire(groups.sp, Ledger())
     step = DecodeStep(cache=cache, wire=wire, rows=rows, scale=scale, kernels=kernels)
     fixed = {"scale": scale, "windows": NO_WINDOWS, "max_rows": batch, "max_tokens": num_tokens}
-    graphs = DecodeGraphs(forward, cache, context, kernels, record=record, **fixed)
+    graphs = DecodeGraphs(forward, cache, context, kernels, wire, record=record, **fixed)
     ids, positions = [5] * batch, [num_tokens - 1] * batch
 
     def run() -> Tensor:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from megatron_sps2.attention.csa_plan import CsaPlan
+from megatron_sps2.ops.pack import Parcels
 from megatron_sps2.ops.reads import Reader, Reads
 
 
@@ -137,41 +139,54 @@ class CsaRoutes:
         ]
 
     @cached_property
-    def slots(self) -> list[int]:
-        """By rank, and in all: how many segments those before it hold."""
-        found = [0]
-        for held in self.plan.held:
-            found.append(found[-1] + len(held))
-        return found
-
-    @cached_property
-    def leaving_slots(self) -> Tensor:
-        """By task of `scoring`, int64: (its reader's rank, its segment here), counted as one number."""
-        num_held = len(self.plan.held[self.rank])
+    def leaving(self) -> Parcels:
+        """What its segments send, by rank of the reader and then by segment; nothing goes to this rank."""
+        size, mine = self.plan.setting.segment_size, self.plan.held[self.rank]
+        wanted: list[list[int]] = [[] for _ in range(self.plan.num_ranks * len(mine))]
         owners = [rank for rank, asking in enumerate(self.asking) for _ in asking]
-        return self._indices(
+        for i, (owner, reader) in enumerate(zip(owners, self.scoring.readers, strict=True)):
+            for segment in range(reader.num_past if owner != self.rank else 0):
+                wanted[owner * len(mine) + segment].append(self.scoring.first_task[i] + segment)
+        rows = [segment * size for segment in range(len(mine))] * self.plan.num_ranks
+        return Parcels.of(wanted, rows, self.device)
+
+    @cached_property
+    def arriving(self) -> Parcels:
+        """What comes, by segment, rank after rank; its row is its first position."""
+        attending, size = self.attending, self.plan.setting.segment_size
+        wanted = [
             [
-                owner * num_held + segment
-                for owner, reader in zip(owners, self.scoring.readers, strict=True)
-                for segment in range(reader.num_past)
+                attending.first_task[i] + segment
+                for i, reader in enumerate(attending.readers)
+                if segment < reader.num_past and rank != self.rank
             ]
-        )
-
-    @cached_property
-    def arriving_slots(self) -> Tensor:
-        """By task of `attending`, int64: its segment, counted rank after rank."""
-        place = {
-            segment: self.slots[rank] + i
             for rank, held in enumerate(self.plan.held)
-            for i, segment in enumerate(held)
-        }
-        return self._indices([place[s] for reader in self.attending.readers for s in range(reader.num_past)])
+            for segment in held
+        ]
+        rows = [segment * size for held in self.plan.held for segment in held]
+        return Parcels.of(wanted, rows, self.device)
 
     @cached_property
-    def slot_starts(self) -> Tensor:
-        """By segment, counted rank after rank, int64: its first position."""
-        size = self.plan.setting.segment_size
-        return self._indices([segment * size for held in self.plan.held for segment in held])
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Of `leaving` and of `arriving`, int64: which parcels are a rank's, [ranks + 1]."""
+        num_here = len(self.plan.held[self.rank])
+        leaving = [num_here * rank for rank in range(self.plan.num_ranks + 1)]
+        return self._indices(leaving), self._indices([*accumulate(map(len, self.plan.held), initial=0)])
+
+    @cached_property
+    def own_rows(self) -> list[tuple[slice, slice]]:
+        """Its own keys that queries here see: positions, and rows here; neighbouring segments together."""
+        found, row = list[tuple[slice, slice]](), 0
+        for held in self.plan.layout.segments[self.rank]:
+            stop = min(held.stop, self.num_laid_out)
+            if held.start >= stop:
+                break
+            start, first = held.start, row
+            if found and found[-1][0].stop == start:
+                start, first = found[-1][0].start, found.pop()[1].start
+            row += held.stop - held.start
+            found.append((slice(start, stop), slice(first, first + stop - start)))
+        return found
 
     def _indices(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from megatron_sps2.attention.spans import Spans
 from megatron_sps2.ops.keep_rule import KeepRule
 from megatron_sps2.ops.kernel_set import TORCH, Kernels
 from megatron_sps2.parallel.collectives import Handle, Wire
+
+T = TypeVar("T")
 
 # Told (layer, KV heads, reader, kept [n_kv, m, G]) of every selection on a rank.
 Observe = Callable[[int, range, int, Tensor], None]
@@ -102,7 +105,7 @@ class HeadChunk:
         """Its query heads among all of this tp rank."""
         return slice(self.heads.start * self.group, self.heads.stop * self.group)
 
-    def wait(self, handle: Handle[list[list[Tensor]]]) -> list[list[Tensor]]:
-        """What came, by rank; the time is booked as exchange."""
+    def wait(self, handle: Handle[T]) -> T:
+        """What came; the time is booked as exchange."""
         with self.run.spans("exchange"):
             return handle.wait()

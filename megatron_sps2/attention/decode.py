@@ -5,7 +5,9 @@ Queries of the batch go to all sp ranks, each attends with its own shard, partia
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +30,15 @@ class DecodeRow:
     # False: all of the request's KV, this token's too, lies on `home`, and nothing travels.
     spread: bool = True
     position: int = 0  # of the token; read where layers have windows
+
+
+class RowHere(NamedTuple):
+    """One rank's part in a row: the slot of its new K and V, or NO_SLOT, and which tokens it attends to."""
+
+    slot: int
+    blocks: list[int]
+    first_near: int  # of the tokens within the window
+    num_tokens: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -89,11 +100,16 @@ class DecodeStep:
             out[num_local:] = self.kernels.merge(outs, lses)[0]
         return out.unsqueeze(1)
 
-    def at_home(self) -> tuple[list[int], PagedRows, PagedRows]:
-        """In a world of one rank, of all rows: slots, what they attend to, what of it lies in the window."""
-        assert self.wire.axis.size == 1
-        local, spread = self._local, self._spread
-        return self._find_home_slots(), local.shards + spread.shards, local.near + spread.near
+    def here(self) -> list[RowHere]:
+        """What this rank has of every row's request."""
+        local, spread = self._local.here(self.wire.axis.rank), self._spread.here(self.wire.axis.rank)
+        nothing = RowHere(NO_SLOT, [], 0, 0)
+        return [
+            next(spread if row.spread else local)
+            if row.spread or row.home == self.wire.axis.rank
+            else nothing
+            for row in self.rows
+        ]
 
     def _find_home_slots(self) -> list[int]:
         num_spread = sum(row.home == self.wire.axis.rank for row in self._spread.rows)
@@ -151,6 +167,13 @@ class _Rows:
             firsts = [cache.first_after(row.request_id, row.position - windows.size) for row in rows]
             near = cache.rows(ids, firsts)
         return cls(rows, Slots(kept), shards, near)
+
+    def here(self, me: int) -> Iterator[RowHere]:
+        slots = iter(self.kept.numbers)
+        for row, blocks, first, stop in zip(
+            self.rows, self.shards.tables, self.near.starts, self.shards.stops, strict=True
+        ):
+            yield RowHere(next(slots) if row.kv_rank == me else NO_SLOT, blocks, first, stop)
 
 
 @dataclass(frozen=True, slots=True)

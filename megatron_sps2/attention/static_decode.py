@@ -1,7 +1,7 @@
 """A decode batch of a fixed number of rows whose numbers lie in tensors: what a recorded step can run again.
 
-For a world of one rank: every row is at home here. Nothing in it depends on the host, so that a CUDA graph of
-it is right for any requests.
+Nothing in it depends on the host, sizes of messages included, so that a CUDA graph of it is right for any
+requests.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_sps2.attention.decode import DecodeStep
+from megatron_sps2.attention.decode import RowHere
 from megatron_sps2.attention.kv_cache import KVCache
 from megatron_sps2.attention.rotations import RotationOf
 from megatron_sps2.ops.kernel_set import Kernels
 from megatron_sps2.ops.paged import NO_SLOT, SlotRun, slot_runs
+from megatron_sps2.parallel.collectives import Wire, gather_tokens, return_partials
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,72 +48,110 @@ class StaticRows:
 
 @dataclass(slots=True, kw_only=True)
 class StaticDecodeStep:
-    """Attention of a batch whose K and V go to `slots` int64 [b]."""
+    """Attention of a batch with equally many rows, b, at home on each of P ranks.
+
+    Unlike DecodeStep, all that a row's home knows goes to all ranks in one message: its query, and its new K
+    and V for the rank that keeps them. A row that need not travel does so, too.
+    """
 
     cache: KVCache
+    wire: Wire
     kernels: Kernels
     scale: float
     rotation_of: RotationOf
-    slots: Tensor
-    shards: StaticRows
+    slots: Tensor  # int64 [P * b]: where K and V of every rank's rows go, or NO_SLOT
+    shards: StaticRows  # of every rank's rows, what lies here
     near: StaticRows  # of windowed layers
     window_layers: frozenset[int]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [b, 1, n, d], k and v [b, 1, n_kv, d], not turned -> [b, 1, n, d]."""
-        assert self.kernels.append_roped is not None, "only kernels that append by slot can be recorded"
+        """q [b, 1, n, d], k and v [b, 1, n_kv, d] of the rows here, not turned -> [b, 1, n, d]."""
+        append, rotation = self.kernels.append_roped, self.rotation_of(layer)
+        assert append is not None, "only kernels that append by slot can be recorded"
         kv, rows = self.cache.layer(layer), self.near if layer in self.window_layers else self.shards
-        q, _ = self.kernels.append_roped(q[:, 0], k[:, 0], v[:, 0], self.rotation_of(layer), kv, self.slots)
-        return self.kernels.attend_paged(q, kv, rows, scale=self.scale)[0].unsqueeze(1)
+        q, k, v = q[:, 0], k[:, 0], v[:, 0]
+        if self.wire.axis.size == 1:
+            q, _ = append(q, k, v, rotation, kv, self.slots)
+            return self.kernels.attend_paged(q, kv, rows, scale=self.scale)[0].unsqueeze(1)
+        counts = [len(q)] * self.wire.axis.size
+        q, k = append(q, k, v, rotation, kv, torch.full_like(self.slots[: len(q)], NO_SLOT))
+        mine = torch.cat([q, k, v], dim=1)
+        everybody = gather_tokens(mine, self.wire, counts, "gather_rows").wait()
+        q, k, v = everybody.split([x.shape[1] for x in (q, k, v)], dim=1)
+        append(q, k, v, None, kv, self.slots)
+        part, lse = self.kernels.attend_paged(q, kv, rows, scale=self.scale)
+        outs, lses = return_partials(part, lse, self.wire, counts).wait()
+        return self.kernels.merge(outs, lses)[0].unsqueeze(1)
 
 
 class StaticBatch:
-    """The tensors of up to `num_rows` rows. One that no request uses attends to nothing and keeps nothing."""
+    """The tensors of up to `num_homes` rows at home on each of `num_ranks` ranks.
 
-    def __init__(self, num_rows: int, max_blocks: int, block_size: int, device: torch.device) -> None:
-        self._block_size, pinned = block_size, device.type == "cuda"
+    A row that no request uses attends to nothing and keeps nothing.
+    """
+
+    def __init__(
+        self, num_ranks: int, num_homes: int, max_blocks: int, block_size: int, device: torch.device
+    ) -> None:
+        self._num_ranks, self._block_size, pinned = num_ranks, block_size, device.type == "cuda"
+        num_rows = num_ranks * num_homes
+        # Token ids and positions of the rows here; of all ranks' rows slots, stops, and starts of near ones.
         self._numbers = torch.zeros(5, num_rows, dtype=torch.int64, device=device)
         self._tables = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=device)
         self._host_numbers = torch.zeros(5, num_rows, dtype=torch.int64, pin_memory=pinned)
         self._host_tables = torch.zeros(num_rows, max_blocks, dtype=torch.int32, pin_memory=pinned)
         # By row the request's list of blocks, which only grows, and how many of them have been sent.
         self._sent: list[tuple[list[int], int]] = [([], 0)] * num_rows
-        self._send([], [], [], [], [])
+        self.fill(num_homes, [], [], [[] for _ in range(num_ranks)])
 
-    def fill(self, token_ids: list[int], positions: list[int], step: DecodeStep) -> None:
-        """Sends a step's numbers to the device. The step before must have ended: its tokens were read."""
-        slots, shards, near = step.at_home()
-        if self._fill_tables(shards.tables):
+    def fill(
+        self, num_homes: int, token_ids: list[int], positions: list[int], rows: list[list[RowHere]]
+    ) -> None:
+        """Sends a step's numbers to the device, for `num_homes` rows a rank.
+
+        Token ids and positions of the rows at home here; `rows` of every rank. The step before must have
+        ended: its tokens were read.
+        """
+        host = self._host_numbers.zero_()
+        host[2] = NO_SLOT
+        host[:2, : len(token_ids)] = torch.tensor([token_ids, positions])
+        changed = False
+        for rank, mine in enumerate(rows):
+            first, last = rank * num_homes, rank * num_homes + len(mine)
+            host[2:, first:last] = (
+                torch.tensor([[row.slot, row.num_tokens, row.first_near] for row in mine], dtype=torch.int64)
+                .view(-1, 3)
+                .T
+            )
+            changed |= self._fill_tables(first, [row.blocks for row in mine])
+        if changed:
             self._tables.copy_(self._host_tables, non_blocking=True)
-        self._send(token_ids, positions, slots, shards.stops, near.starts)
+        self._send()
 
-    def inputs(self, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Token ids [b, 1] and positions [b] of the first rows."""
-        return self._numbers[0, :num_rows, None], self._numbers[1, :num_rows]
+    def inputs(self, num_homes: int) -> tuple[Tensor, Tensor]:
+        """Token ids [b, 1] and positions [b] of the rows here."""
+        return self._numbers[0, :num_homes, None], self._numbers[1, :num_homes]
 
-    def rows(self, num_rows: int) -> tuple[Tensor, StaticRows, StaticRows]:
-        """Slots of the first rows, what they attend to, and what of it lies within the window."""
+    def rows(self, num_homes: int) -> tuple[Tensor, StaticRows, StaticRows]:
+        """Slots of all ranks' rows, what they attend to here, and what of it lies within the window."""
+        num_rows = self._num_ranks * num_homes
         stops, near_starts = self._numbers[3:5, :num_rows].to(torch.int32)
         tables = self._tables[:num_rows]
         shards = StaticRows(tables, torch.zeros_like(stops), stops, self._block_size)
         near = StaticRows(tables, near_starts, stops, self._block_size)
         return self._numbers[2, :num_rows], shards, near
 
-    def _send(self, *rows: list[int]) -> None:
-        """Token ids, positions, slots, stops and first tokens within the window."""
-        self._host_numbers.zero_()
-        self._host_numbers[2] = NO_SLOT
-        self._host_numbers[:, : len(rows[0])] = torch.tensor(rows, dtype=torch.int64)
+    def _send(self) -> None:
         self._numbers.copy_(self._host_numbers, non_blocking=True)
 
-    def _fill_tables(self, tables: list[list[int]]) -> bool:
-        """Whether anything is new: a row's request, or a block of it."""
+    def _fill_tables(self, first: int, tables: list[list[int]]) -> bool:
+        """Of rows from `first` on. Whether anything is new: a row's request, or a block of it."""
         changed = False
-        for row, table in enumerate(tables):
+        for row, table in enumerate(tables, first):
             known, count = self._sent[row]
-            first = count if known is table else 0
-            if first < len(table):
-                self._host_tables[row, first : len(table)] = torch.tensor(table[first:], dtype=torch.int32)
+            start = count if known is table else 0
+            if start < len(table):
+                self._host_tables[row, start : len(table)] = torch.tensor(table[start:], dtype=torch.int32)
                 changed = True
             self._sent[row] = table, len(table)
         return changed

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import megatron_sps2.model.eager  # noqa: F401  # before all others: some of them import Megatron
 from megatron_sps2.attention.core import SequenceParallelAttention, StepContext
@@ -34,7 +35,7 @@ from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.model.heap import keep_freed_memory
 from megatron_sps2.model.manifest import load_model_config, read_manifest
 from megatron_sps2.ops.kernel_set import Kernels, choose_kernels
-from megatron_sps2.parallel.collectives import Wire, gather_objects, leave_together
+from megatron_sps2.parallel.collectives import Wire, gather_objects, leave_together, tell_all
 from megatron_sps2.parallel.groups import ParallelGroups, world_axis
 from megatron_sps2.parallel.ledger import Ledger
 from megatron_sps2.parallel.mailbox import open_mailbox
@@ -107,7 +108,7 @@ def assemble(
     kernels = kernels or choose_kernels(config.attention.kernels, device, model.head_dim)
     sp = Wire(groups.sp, ledger, mailbox)
     runner = make_runner(config, groups, forward, context, cache, sp, kernels)
-    record_graphs(runner, config, model, groups.engine.size)
+    record_graphs(runner, config, model, groups)
     blocks = BlockManager(
         cache_config, config.parallel.sp_size, prefix_caching=config.schedule.prefix_caching
     )
@@ -140,20 +141,34 @@ def assemble(
     )
 
 
-def record_graphs(runner: Runner, config: EngineConfig, model: ModelConfig, num_ranks: int) -> None:
-    """Where decode steps can be graphs."""
-    if records_decode(config, model, runner.kernels, num_ranks):
+def record_graphs(runner: Runner, config: EngineConfig, model: ModelConfig, groups: ParallelGroups) -> None:
+    """Where decode steps can be graphs. Collective over the world.
+
+    Raises RuntimeError on every rank where it fails on any.
+    """
+    if not records_decode(config, model, runner.kernels, groups.engine.size, dist.get_backend()):
+        return
+    problem = ""
+    try:
         max_rows, max_tokens = config.schedule.max_num_seqs, config.max_model_len
         runner.record_decode(CudaRecorder(), max_rows=max_rows, max_tokens=max_tokens)
+    except Exception as error:  # CUDA or NCCL may fail in any way; the other ranks wait for this one's word.
+        problem = (
+            f"decode steps cannot be recorded here, use --enforce-eager: {type(error).__name__}: {error}"
+        )
+    tell_all(problem, groups.world)
 
 
-def records_decode(config: EngineConfig, model: ModelConfig, kernels: Kernels, num_ranks: int) -> bool:
+def records_decode(
+    config: EngineConfig, model: ModelConfig, kernels: Kernels, num_ranks: int, backend: str
+) -> bool:
     """Whether decode steps become CUDA graphs.
 
-    Exchanges between the ranks of a replica do not fit in, nor does a mixture: the host reads who goes where.
+    A mixture does not fit in, for the host reads who goes where, nor do messages by way of the host.
     """
     on_device = config.device.startswith("cuda") and kernels.append_roped is not None
-    return on_device and num_ranks == 1 and not model.num_experts and not config.enforce_eager
+    recordable = not model.num_experts and (num_ranks == 1 or backend == "nccl")
+    return on_device and recordable and not config.enforce_eager
 
 
 def make_cache(config: EngineConfig, model: ModelConfig, size: CacheConfig) -> KVCache:
@@ -220,7 +235,7 @@ def _measured_cache(
         cache = make_cache(config, forward.model, dry.cache)
         sp = Wire(groups.sp, Ledger())
         runner = make_runner(config, groups, forward, context, cache, sp, kernels)
-        record_graphs(runner, config, forward.model, groups.engine.size)  # they hold memory, too
+        record_graphs(runner, config, forward.model, groups)  # they hold memory, too
         run_dry(dry, runner, cache, forward, config.schedule.max_num_seqs)
 
     return measured_cache(config, forward.model, groups.world, run)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_sps2.attention.csa import CsaRun, csa
 from megatron_sps2.attention.csa_plan import CsaPlan
+from megatron_sps2.attention.csa_routes import CsaRoutes
 from megatron_sps2.attention.csa_tally import CsaTally
 from megatron_sps2.csa_setting import CsaSetting
 from megatron_sps2.ops.append import append_roped
@@ -203,11 +204,30 @@ def _check_csa(kernels: Kernels, heads: Heads) -> Iterator[tuple[Tensor, Tensor]
     yield outs[0], outs[1]
 
 
+def _check_pack(kernels: Kernels, heads: Heads) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the first of two ranks sends of a prompt of nine segments, and that laid out again."""
+    plan = CsaPlan(CsaSetting(segment_size=64), 9 * 64, 2)
+    routes = CsaRoutes(plan, 0, heads.device)
+    _, k, v = (x.transpose(0, 1) for x in _qkv(heads, 1, plan.layout.tokens_per_rank[0]))
+    bits = _random(heads, len(k), routes.scoring.num_tasks, 64 // 8).mul(64).to(torch.uint8)
+    packings = [each.unite(bits, routes.leaving) for each in (kernels, TORCH)]
+    yield packings[0].first, packings[1].first
+    yield packings[0].bits, packings[1].bits
+    num_keys, ends = int(packings[1].first[-1]), []
+    for each, packing in zip((kernels, TORCH), packings, strict=True):
+        packed = each.pack(k, v, packing, routes.leaving, num_keys)
+        whole = [torch.zeros(k.shape, dtype=k.dtype, device=k.device) for _ in "kv"]
+        each.lay_out(packed, packing, routes.leaving, *whole)
+        ends.append((packed, *whole))
+    yield from zip(*ends, strict=True)
+
+
 CHECKS: dict[str, Callable[[Kernels, Heads], Iterator[tuple[Tensor, Tensor]]]] = {
     "attend": _check_attend,
     "merge": _check_merge,
     "attend_paged": _check_paged,
     "csa": _check_csa,
+    "pack": _check_pack,
 }
 
 # The functions of a set that a check is about.
@@ -216,17 +236,19 @@ USES = {
     "merge": ("merge",),
     "attend_paged": ("attend_paged", "append_roped"),
     "csa": ("attend", "key_selector", "attend_kept"),
+    "pack": ("unite", "pack", "lay_out"),
 }
 
 
 def _qkv(heads: Heads, sq: int, sk: int) -> tuple[Tensor, Tensor, Tensor]:
     """q [sq, n, d], k and v [sk, n_kv, d]"""
     kv = (sk, heads.num_kv_heads, heads.head_dim)
-    return _random(heads, sq, heads.num_heads, heads.head_dim), _random(heads, *kv), _random(heads, *kv)
+    q = _random(heads, sq, heads.num_heads, heads.head_dim)
+    return q, _random(heads, *kv), _random(heads, *kv, seed=1)
 
 
-def _random(heads: Heads, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
+def _random(heads: Heads, *shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(2 * sum(shape) + seed)
     return torch.randn(shape, generator=generator).to(heads.device, heads.dtype)
 
 

@@ -124,19 +124,21 @@ class Runner:
         self._graphs: DecodeGraphs | None = None
 
     def record_decode(self, record: Record, *, max_rows: int, max_tokens: int) -> None:
-        """From now on batches of decodes alone are replayed. For a replica of one rank."""
-        assert self._replica.axis.size == 1 and self.kernels.append_roped is not None
+        """From now on batches of decodes alone are replayed. All ranks of the replica call this."""
+        assert self.kernels.append_roped is not None
         self._graphs = DecodeGraphs(
             self._forward,
             self._cache,
             self._context,
             self.kernels,
+            self._sp,
             max_rows=max_rows,
             max_tokens=max_tokens,
             scale=self._scale,
             windows=self._windows,
             record=record,
         )
+        self._graphs.check()
 
     @property
     def kv_bytes(self) -> int:
@@ -179,7 +181,7 @@ class Runner:
 
     def _run_layers(self, plan: StepPlan) -> StepResult:
         """All parts through the same layers, in one pass."""
-        if self._graphs is not None and not plan.pieces:
+        if self._graphs is not None and not plan.pieces and self._graphs.fit([t.home for t in plan.decode]):
             return self._finish(plan, [self._replay(self._graphs, plan.decode)])
         num_layers = self._forward.num_layers
         first, last = (
@@ -204,7 +206,8 @@ class Runner:
 
     def _replay(self, graphs: DecodeGraphs, tokens: Sequence[DecodeToken]) -> _Part:
         step = self._decode_step(tokens)
-        hidden = graphs.run(*_ids_and_positions(tokens), step)
+        mine = [token for token in tokens if token.home == self._sp.axis.rank]
+        hidden = graphs.run(*_ids_and_positions(mine), step)
         return _Part(step, hidden, hidden.new_empty(0))
 
     def _resume(self, pieces: Sequence[PrefillPiece]) -> list[_Part]:

@@ -17,6 +17,7 @@ from megatron_sps2.ops.attend import Attend, attend
 from megatron_sps2.ops.kept import KeySelector, TorchSelector, attend_kept
 from megatron_sps2.ops.kernels import HEAD_DIM_STEP, MAX_HEAD_DIM
 from megatron_sps2.ops.merge import merge
+from megatron_sps2.ops.pack import Packing, Parcels, lay_out, pack, unite
 from megatron_sps2.ops.paged import PagedKV, Slots, attend_paged, write_paged
 
 
@@ -32,6 +33,9 @@ class Kernels:
     # CSA's: a class, for keys are scored first and chosen once all ranks' scores are known.
     key_selector: type[KeySelector]
     attend_kept: Callable[..., Iterator[None]]
+    unite: Callable[[Tensor, Parcels], Packing]
+    pack: Callable[[Tensor, Tensor, Packing, Parcels, int], Tensor]
+    lay_out: Callable[[Tensor, Packing, Parcels, Tensor, Tensor], None]
     # None: Megatron's layers turn queries and keys, and write_paged keeps keys and values.
     append_roped: Callable[..., tuple[Tensor, Tensor]] | None = None
 
@@ -44,6 +48,9 @@ TORCH = Kernels(
     write_paged=write_paged,
     key_selector=TorchSelector,
     attend_kept=attend_kept,
+    unite=unite,
+    pack=pack,
+    lay_out=lay_out,
 )
 
 
@@ -91,6 +98,7 @@ def triton_kernels() -> Kernels:
     """Loaded with its first use: triton need not be installed."""
     from megatron_sps2.ops.kernels.append import append_roped, write_paged
     from megatron_sps2.ops.kernels.csa_attend import attend_kept
+    from megatron_sps2.ops.kernels.csa_pack import lay_out, pack, unite
     from megatron_sps2.ops.kernels.csa_select import TritonSelector
     from megatron_sps2.ops.kernels.decode import attend_paged
     from megatron_sps2.ops.kernels.merge import merge_partials
@@ -106,4 +114,7 @@ def triton_kernels() -> Kernels:
         append_roped=append_roped,
         key_selector=TritonSelector,
         attend_kept=attend_kept,
+        unite=unite,
+        pack=pack,
+        lay_out=lay_out,
     )

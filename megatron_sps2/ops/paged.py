@@ -98,15 +98,6 @@ class PagedRows:
     def __len__(self) -> int:
         return len(self.tables)
 
-    def __add__(self, other: PagedRows) -> PagedRows:
-        """The rows of both."""
-        return PagedRows(
-            self.tables + other.tables,
-            self.starts + other.starts,
-            self.stops + other.stops,
-            self.block_size,
-        )
-
     @property
     def max_tokens(self) -> int:
         """The most that a row attends to."""

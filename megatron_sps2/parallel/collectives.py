@@ -85,8 +85,25 @@ def all_to_all(
 
     recv_numels[p] elements come from rank p. A part may be empty.
     """
-    axis, numels = wire.axis, [part.numel() for part in parts]
-    send = torch.cat([part.reshape(-1) for part in parts])
+    numels = [part.numel() for part in parts]
+    return send_packed(
+        wire, name, torch.cat([part.reshape(-1) for part in parts]), numels, recv_numels, finish
+    )
+
+
+def send_packed(
+    wire: Wire,
+    name: str,
+    send: Tensor,
+    numels: Sequence[int],
+    recv_numels: Sequence[int],
+    finish: Callable[[Tensor], T],
+) -> Handle[T]:
+    """`all_to_all` of parts that lie one after another: the next numels[p] of flat `send` go to rank p.
+
+    Nothing may write to `send` before the handle has been waited for.
+    """
+    axis = wire.axis
     if axis.size == 1:
         return Handle(send, finish, None, send)
     wire.ledger.add(name, (sum(numels) - numels[axis.rank]) * send.element_size())
@@ -97,7 +114,7 @@ def all_to_all(
         work = wire.mailbox.exchange(send, numels, received, recv_numels)
     else:
         work = dist.all_to_all_single(
-            received, send, list(recv_numels), numels, group=axis.group, async_op=True
+            received, send, list(recv_numels), list(numels), group=axis.group, async_op=True
         )
     return Handle(received, finish, work, send, _traced(wire.ledger.trace, name), wire.ledger.activity)
 
@@ -190,15 +207,16 @@ def return_partials(
         return rows.contiguous().view(torch.uint8).view(len(rows), width)
 
     packed = torch.cat([as_bytes(out, out_bytes), as_bytes(lse, lse_bytes)], dim=1)
+    row = out_bytes + lse_bytes
 
     def finish(flat: Tensor) -> tuple[Tensor, Tensor]:
-        rows = flat.view(size, mine, out_bytes + lse_bytes)
+        rows = flat.view(size, mine, row)
         outs = typed_rows(rows[..., :out_bytes], out.dtype)
         lses = typed_rows(rows[..., out_bytes:], lse.dtype)
         return outs.view(size, mine, *out_row), lses.view(size, mine, *lse_row)
 
-    recv = [mine * (out_bytes + lse_bytes)] * size
-    return all_to_all(wire, name, packed.split(list(tokens)), recv, finish)
+    sent = [count * row for count in tokens]
+    return send_packed(wire, name, packed.view(-1), sent, [mine * row] * size, finish)
 
 
 def typed_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -219,10 +237,13 @@ def gather_vocab(logits: Tensor, wire: Wire) -> Tensor:
 def route_rows(
     x: Tensor, wire: Wire, sent: Sequence[int], received: Sequence[int], name: str
 ) -> Handle[Tensor]:
-    """[sum(sent), ...] -> [sum(received), ...]: the next sent[p] rows go to rank p, received[p] come."""
+    """[sum(sent), ...] -> [sum(received), ...]: the next sent[p] rows go to rank p, received[p] come.
+
+    Nothing may write to x before the handle has been waited for.
+    """
     row = x.shape[1:]
-    recv = [count * row.numel() for count in received]
-    return all_to_all(wire, name, x.split(list(sent)), recv, lambda flat: flat.view(sum(received), *row))
+    numels, recv = ([count * row.numel() for count in counts] for counts in (sent, received))
+    return send_packed(wire, name, x.reshape(-1), numels, recv, lambda flat: flat.view(sum(received), *row))
 
 
 def exchange_lists(
@@ -312,6 +333,17 @@ def agree(check: Callable[[], T]) -> T:
             leave_together()
             raise mark_shared(type(found)(str(found) if rank == 0 else f"rank {rank}: {found}"))
     return result
+
+
+def tell_all(problem: str, axis: Axis) -> None:
+    """Raises RuntimeError on every rank of `axis` where any has a problem, the first one's; "" is none.
+
+    Collective.
+    """
+    for rank, found in enumerate(gather_objects(problem, axis)):
+        if found:
+            leave_together()
+            raise mark_shared(RuntimeError(f"rank {rank}: {found}"))
 
 
 def from_first_rank(make: Callable[[], T]) -> T:

@@ -33,6 +33,17 @@ class Ledger:
         finally:
             self._phase = before
 
+    @contextmanager
+    def aside(self) -> Iterator[dict[str, int]]:
+        """Books nothing of what is sent inside the block; afterwards the dict has its bytes by collective."""
+        booked, found = self._bytes, dict[str, int]()
+        self._bytes = defaultdict(int)
+        try:
+            yield found
+        finally:
+            found.update(self.all_phases)
+            self._bytes = booked
+
     def add(self, collective: str, num_bytes: int) -> None:
         self._bytes[self._phase, collective] += num_bytes
         self.activity.collective = collective

@@ -17,7 +17,7 @@ PREFILL_COLLECTIVES = (
 )
 # Of CSA and of the paper's variant; CSA's tail goes by gather_queries and return_partials.
 CSA_COLLECTIVES = (
-    *("csa_probes", "csa_sums", "csa_index", "csa_k", "csa_v"),
+    *("csa_probes", "csa_sums", "csa_index", "csa_kept"),
     *("dilated_in", "dilated_out", "gather_queries", "return_partials"),
 )
 DECODE_COLLECTIVES = ("gather_queries", "return_partials")
