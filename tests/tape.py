@@ -39,7 +39,10 @@ class Tape:
         self.num_replays = 0
         self.num_bytes = 0  # sent to other ranks by all-to-alls of replays
 
-    def __call__(self, body: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def warm_up(self, body: Callable[[], Tensor]) -> None:
+        """Nothing has to be made before."""
+
+    def record(self, body: Callable[[], Tensor]) -> Callable[[], Tensor]:
         with _Listening() as listening:
             out = body()
 

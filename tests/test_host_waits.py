@@ -5,6 +5,7 @@ The Triton set, by its interpreter. CSA's layers: test_csa_kernel_layers.py.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +15,14 @@ import torch
 pytest.importorskip("triton")
 
 from megatron_sps2.attention.core import AttentionStep, PrefillStep  # noqa: E402
-from megatron_sps2.attention.decode import DecodeRow, DecodeStep  # noqa: E402
+from megatron_sps2.attention.decode import DecodeRow, DecodeStep, RowHere  # noqa: E402
 from megatron_sps2.attention.kv_cache import KVCache  # noqa: E402
+from megatron_sps2.attention.static_decode import StaticBatch, StaticDecodeStep  # noqa: E402
 from megatron_sps2.attention.window import NO_WINDOWS, Windows  # noqa: E402
 from megatron_sps2.config import CacheConfig, KVCacheDType, ParallelConfig  # noqa: E402
-from megatron_sps2.ops.kernel_set import triton_kernels  # noqa: E402
+from megatron_sps2.ops.append import append_roped  # noqa: E402
+from megatron_sps2.ops.kernel_set import TORCH, triton_kernels  # noqa: E402
+from megatron_sps2.ops.paged import NO_SLOT  # noqa: E402
 from megatron_sps2.ops.rotation import Rotation  # noqa: E402
 from megatron_sps2.parallel.collectives import Wire  # noqa: E402
 from megatron_sps2.parallel.groups import ParallelGroups  # noqa: E402
@@ -131,13 +135,52 @@ def test_no_layer_of_a_decode_step_waits(kept: KVCacheDType, windows: Windows) -
     run_ranks(NUM_RANKS, decode, kept, windows)
 
 
+def recorded(windows: Windows, changes: Any = None) -> bool:
+    """On a rank: the second layer of a recorded step waits for nothing; whether it is what torch gives."""
+    sp = ParallelGroups.create(ParallelConfig(sp_size=NUM_RANKS)).sp
+    torch.manual_seed(sp.rank)
+    mine = [torch.randn(2, 1, heads, DIM) for heads in (N, N_KV, N_KV)]
+    angles = torch.rand(2, DIM)
+    outs = []
+    for kernels in (replace(KERNELS, **(changes or {})), replace(TORCH, append_roped=append_roped)):
+        cache, batch = make_cache("auto"), StaticBatch(NUM_RANKS, 2, 3, BLOCK, torch.device("cpu"))
+        rows = [RowHere(slot, [i], sp.rank, 1) for i, slot in enumerate((0, NO_SLOT, 2 * BLOCK, 3 * BLOCK))]
+        batch.fill(2, [1, 2], [3, 4], [rows[:2], rows[2:]])
+        slots, shards, near = batch.rows(2)
+        step = StaticDecodeStep(
+            cache=cache,
+            wire=Wire(sp, Ledger()),
+            kernels=kernels,
+            scale=DIM**-0.5,
+            rotation_of=lambda layer: Rotation.of(angles, torch.float32),
+            slots=slots,
+            shards=shards,
+            near=near,
+            window_layers=windows.layers,
+        )
+        step.attend(0, *mine)
+        with NoHostWaits() if kernels.name == KERNELS.name else nullcontext():
+            outs.append(step.attend(1, *mine))
+    return bool(torch.allclose(*outs, atol=1e-5))
+
+
+@pytest.mark.parametrize("windows", [NO_WINDOWS, WINDOWS])
+def test_no_layer_of_a_recorded_step_waits(windows: Windows) -> None:
+    assert run_ranks(NUM_RANKS, recorded, windows) == [True] * NUM_RANKS
+
+
 def waiting_merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     assert lses.amax().item() < 1e9
     return KERNELS.merge(outs, lses)
 
 
 @pytest.mark.parametrize(
-    ("step", "args"), [(prefill, ("pass_q", 0, "auto", NO_WINDOWS)), (decode, ("auto", NO_WINDOWS))]
+    ("step", "args"),
+    [
+        (prefill, ("pass_q", 0, "auto", NO_WINDOWS)),
+        (decode, ("auto", NO_WINDOWS)),
+        (recorded, (NO_WINDOWS,)),
+    ],
 )
 def test_control_a_kernel_that_looks_at_a_number_is_noticed(step: Any, args: tuple[Any, ...]) -> None:
     with pytest.raises(AssertionError, match=HostWait.__name__):

@@ -278,6 +278,21 @@ def test_an_engine_gives_its_cache_what_is_left_and_answers_as_ever(checkpoint: 
     assert first["tokens"] == run_ranks(2, build, given)[0]["tokens"] and len(first["tokens"]) == 8
 
 
+def build_with_recordings(asked: EngineConfig) -> dict[str, Any]:
+    """On a rank: decode steps were recorded, and keep memory that no peak shows."""
+    with mock.patch("megatron_sps2.engine.build.record_graphs", lambda *_: RECORDED):
+        return build(asked)
+
+
+RECORDED = 512 * 1000
+
+
+def test_what_recorded_decode_steps_keep_is_not_given_to_the_cache(checkpoint: Path) -> None:
+    asked = small(checkpoint)
+    plain, recorded = (run_ranks(2, each, asked)[0] for each in (build, build_with_recordings))
+    assert plain["bytes"] - recorded["bytes"] == RECORDED and recorded["tokens"] == plain["tokens"]
+
+
 def test_chunks_are_measured_onto_what_is_cached(checkpoint: Path) -> None:
     (only,) = run_ranks(1, build, replace(small(checkpoint, policy="sarathi"), parallel=ParallelConfig()))
     assert only["rows"] == [256]

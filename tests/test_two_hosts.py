@@ -36,7 +36,7 @@ SAME, PHASES = ("token_ids", "text", "kv_tokens_per_rank", "ledger"), ("prefill"
 LONG, NUM_LAYERS = [5 + i % 200 for i in range(16000)], 20
 FEW_LAYERS_SENT = 10_000_000
 SOME_TOKENS_SENT = 300_000
-START_S = 25  # until the server is healthy
+START_S = 100  # until the server is healthy
 CUT_S = 30  # from the cut to the end of both launchers, of which heartbeats wait 10
 
 

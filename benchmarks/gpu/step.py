@@ -38,7 +38,7 @@ def _measure(bench: Bench, batch: int, num_tokens: int, graph: bool) -> Row:
         forward, context = random_forward(bench, groups, torch.bfloat16)
         cache = _cache(bench, forward, batch, num_tokens)
         make = partial(_step, forward, context, cache, groups, batch, num_tokens)
-        launched = make(_launch)
+        launched = make(_Launched())
         wanted = launched()
         step, pairs = launched, []
         if graph:
@@ -58,9 +58,14 @@ def _measure(bench: Bench, batch: int, num_tokens: int, graph: bool) -> Row:
     )
 
 
-def _launch(body: Step) -> Step:
+class _Launched:
     """In place of a recorder: replaying is running anew."""
-    return body
+
+    def warm_up(self, body: Step) -> None:
+        body()
+
+    def record(self, body: Step) -> Step:
+        return body
 
 
 def _cache(bench: Bench, forward: Any, batch: int, num_tokens: int) -> Any:
@@ -86,7 +91,7 @@ def _cache(bench: Bench, forward: Any, batch: int, num_tokens: int) -> Any:
 
 
 def _step(
-    forward: Any, context: Any, cache: Any, groups: Any, batch: int, num_tokens: int, record: Any
+    forward: Any, context: Any, cache: Any, groups: Any, batch: int, num_tokens: int, recorder: Any
 ) -> Step:
     """-> a function that gives logits of the last of `num_tokens` tokens of `batch` requests."""
     from megatron_sps2.attention.decode import DecodeRow, DecodeStep
@@ -110,7 +115,7 @@ def _step(
     wire = Wire(groups.sp, Ledger())
     step = DecodeStep(cache=cache, wire=wire, rows=rows, scale=scale, kernels=kernels)
     fixed = {"scale": scale, "windows": NO_WINDOWS, "max_rows": batch, "max_tokens": num_tokens}
-    graphs = DecodeGraphs(forward, cache, context, kernels, wire, record=record, **fixed)
+    graphs = DecodeGraphs(forward, cache, context, kernels, wire, recorder=recorder, **fixed)
     ids, positions = [5] * batch, [num_tokens - 1] * batch
 
     def run() -> Tensor:

@@ -62,6 +62,8 @@ class DecodeStep:
     _moves: _Moves | None = field(init=False)
     # Of the rows at home here, where what stays goes; NO_SLOT for what travels. Made where a layer asks.
     _home_slots: Tensor | None = field(init=False, default=None)
+    # int64: `_moves.order`, made where a layer asks, too.
+    _order: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         order = [(row.home, row.spread) for row in self.rows]
@@ -72,7 +74,7 @@ class DecodeStep:
         self._local = _Rows.make_room(self.cache, local, me, self.windows)
         # Rows kept here arrive sorted by home rank, which is the order of `rows`.
         self._spread = _Rows.make_room(self.cache, [row for row in self.rows if row.spread], me, self.windows)
-        self._moves = _Moves.of(self._spread.rows, me, self.wire.axis.size, self.cache.device)
+        self._moves = _Moves.of(self._spread.rows, me, self.wire.axis.size)
 
     @property
     def home_counts(self) -> list[int]:
@@ -134,7 +136,9 @@ class DecodeStep:
         """K and V of the spread rows at home here -> of those kept here."""
         both = torch.stack([k, v], dim=1)  # [b/P, 2, n_kv, d]
         if moves.order is not None:
-            both = both.index_select(0, moves.order)
+            if self._order is None:
+                self._order = torch.tensor(moves.order, device=both.device)
+            both = both.index_select(0, self._order)
         k, v = route_rows(both, self.wire, moves.sent, moves.received, "move_new_kv").wait().unbind(dim=1)
         return k, v
 
@@ -180,19 +184,19 @@ class _Rows:
 class _Moves:
     """How new K and V get from the rows' homes to where they are kept: the same in every layer."""
 
-    order: Tensor | None  # int64, of the rows at home here, those for rank 0 first; None: as they are
+    order: list[int] | None  # of the rows at home here, those for rank 0 first; None: as they are
     sent: list[int]  # rows to each rank
     received: list[int]
 
     @classmethod
-    def of(cls, rows: list[DecodeRow], me: int, num_ranks: int, device: torch.device) -> _Moves | None:
+    def of(cls, rows: list[DecodeRow], me: int, num_ranks: int) -> _Moves | None:
         """None where every row is kept at home."""
         if all(row.home == row.kv_rank for row in rows):
             return None
         mine = [row.kv_rank for row in rows if row.home == me]
         order = sorted(range(len(mine)), key=lambda i: mine[i])
         return cls(
-            order=None if order == list(range(len(mine))) else torch.tensor(order, device=device),
+            order=None if order == list(range(len(mine))) else order,
             sent=[mine.count(rank) for rank in range(num_ranks)],
             received=_count_homes([row for row in rows if row.kv_rank == me], num_ranks),
         )

@@ -75,26 +75,26 @@ class StaticDecodeStep:
             return self.kernels.attend_paged(q, kv, rows, scale=self.scale)[0].unsqueeze(1)
         counts = [len(q)] * self.wire.axis.size
         q, k = append(q, k, v, rotation, kv, torch.full_like(self.slots[: len(q)], NO_SLOT))
-        mine = torch.cat([q, k, v], dim=1)
-        everybody = gather_tokens(mine, self.wire, counts, "gather_rows").wait()
+        mine = torch.cat([q, k, v], dim=1)  # [b, n + 2 n_kv, d]
+        everybody = gather_tokens(mine, self.wire, counts, "gather_rows").wait()  # [P * b, ...]
         q, k, v = everybody.split([x.shape[1] for x in (q, k, v)], dim=1)
         append(q, k, v, None, kv, self.slots)
-        part, lse = self.kernels.attend_paged(q, kv, rows, scale=self.scale)
+        part, lse = self.kernels.attend_paged(q, kv, rows, scale=self.scale)  # [P * b, n, d], [P * b, n]
         outs, lses = return_partials(part, lse, self.wire, counts).wait()
         return self.kernels.merge(outs, lses)[0].unsqueeze(1)
 
 
 class StaticBatch:
-    """The tensors of up to `num_homes` rows at home on each of `num_ranks` ranks.
+    """The tensors of up to `rows_per_rank` rows at home on each of `num_ranks` ranks.
 
     A row that no request uses attends to nothing and keeps nothing.
     """
 
     def __init__(
-        self, num_ranks: int, num_homes: int, max_blocks: int, block_size: int, device: torch.device
+        self, num_ranks: int, rows_per_rank: int, max_blocks: int, block_size: int, device: torch.device
     ) -> None:
         self._num_ranks, self._block_size, pinned = num_ranks, block_size, device.type == "cuda"
-        num_rows = num_ranks * num_homes
+        num_rows = num_ranks * rows_per_rank
         # Token ids and positions of the rows here; of all ranks' rows slots, stops, and starts of near ones.
         self._numbers = torch.zeros(5, num_rows, dtype=torch.int64, device=device)
         self._tables = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=device)
@@ -102,12 +102,12 @@ class StaticBatch:
         self._host_tables = torch.zeros(num_rows, max_blocks, dtype=torch.int32, pin_memory=pinned)
         # By row the request's list of blocks, which only grows, and how many of them have been sent.
         self._sent: list[tuple[list[int], int]] = [([], 0)] * num_rows
-        self.fill(num_homes, [], [], [[] for _ in range(num_ranks)])
+        self.fill(rows_per_rank, [], [], [[] for _ in range(num_ranks)])
 
     def fill(
-        self, num_homes: int, token_ids: list[int], positions: list[int], rows: list[list[RowHere]]
+        self, rows_per_rank: int, token_ids: list[int], positions: list[int], rows: list[list[RowHere]]
     ) -> None:
-        """Sends a step's numbers to the device, for `num_homes` rows a rank.
+        """Sends a step's numbers to the device, for `rows_per_rank` rows a rank.
 
         Token ids and positions of the rows at home here; `rows` of every rank. The step before must have
         ended: its tokens were read.
@@ -117,7 +117,7 @@ class StaticBatch:
         host[:2, : len(token_ids)] = torch.tensor([token_ids, positions])
         changed = False
         for rank, mine in enumerate(rows):
-            first, last = rank * num_homes, rank * num_homes + len(mine)
+            first, last = rank * rows_per_rank, rank * rows_per_rank + len(mine)
             host[2:, first:last] = (
                 torch.tensor([[row.slot, row.num_tokens, row.first_near] for row in mine], dtype=torch.int64)
                 .view(-1, 3)
@@ -128,13 +128,13 @@ class StaticBatch:
             self._tables.copy_(self._host_tables, non_blocking=True)
         self._send()
 
-    def inputs(self, num_homes: int) -> tuple[Tensor, Tensor]:
+    def inputs(self, rows_per_rank: int) -> tuple[Tensor, Tensor]:
         """Token ids [b, 1] and positions [b] of the rows here."""
-        return self._numbers[0, :num_homes, None], self._numbers[1, :num_homes]
+        return self._numbers[0, :rows_per_rank, None], self._numbers[1, :rows_per_rank]
 
-    def rows(self, num_homes: int) -> tuple[Tensor, StaticRows, StaticRows]:
+    def rows(self, rows_per_rank: int) -> tuple[Tensor, StaticRows, StaticRows]:
         """Slots of all ranks' rows, what they attend to here, and what of it lies within the window."""
-        num_rows = self._num_ranks * num_homes
+        num_rows = self._num_ranks * rows_per_rank
         stops, near_starts = self._numbers[3:5, :num_rows].to(torch.int32)
         tables = self._tables[:num_rows]
         shards = StaticRows(tables, torch.zeros_like(stops), stops, self._block_size)

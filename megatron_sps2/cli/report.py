@@ -93,8 +93,10 @@ class Report:
         return (1 - share) * whole + share * near
 
     def decode_traffic(self) -> dict[str, Any]:
-        """The same for one decode step."""
-        return self._compare("decode", DECODE_COLLECTIVES, self.num_decode_steps, self._traffic.decode(1))
+        """The same for one decode step, launched or recorded."""
+        recorded = any(ledger.total("decode", "gather_rows") for ledger in self.ledgers)
+        formula = self._traffic.recorded_decode(1) if recorded else self._traffic.decode(1)
+        return self._compare("decode", DECODE_COLLECTIVES, self.num_decode_steps, formula)
 
     @property
     def _traffic(self) -> Traffic:

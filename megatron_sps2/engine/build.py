@@ -6,7 +6,9 @@ Compares what the ranks were told before anything is built: two configs never me
 from __future__ import annotations
 
 import functools
+import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -36,11 +38,13 @@ from megatron_sps2.model.heap import keep_freed_memory
 from megatron_sps2.model.manifest import load_model_config, read_manifest
 from megatron_sps2.ops.kernel_set import Kernels, choose_kernels
 from megatron_sps2.parallel.collectives import Wire, gather_objects, leave_together, tell_all
-from megatron_sps2.parallel.groups import ParallelGroups, world_axis
+from megatron_sps2.parallel.groups import Axis, ParallelGroups, world_axis
 from megatron_sps2.parallel.ledger import Ledger
 from megatron_sps2.parallel.mailbox import open_mailbox
 from megatron_sps2.parallel.shared_error import mark_shared
 from megatron_sps2.parallel.traffic import Traffic
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["EngineConfig", "assemble", "build_engine", "compare_ranks"]
 
@@ -141,22 +145,34 @@ def assemble(
     )
 
 
-def record_graphs(runner: Runner, config: EngineConfig, model: ModelConfig, groups: ParallelGroups) -> None:
-    """Where decode steps can be graphs. Collective over the world.
+def record_graphs(runner: Runner, config: EngineConfig, model: ModelConfig, groups: ParallelGroups) -> int:
+    """Where decode steps can be graphs -> bytes that these keep of the device. Collective over the world.
 
-    Raises RuntimeError on every rank where it fails on any.
+    Raises RuntimeError on every rank where they cannot be recorded, or are off, on any. One that fails before
+    it has warmed up leaves the others to their time limit: its error is in the log.
     """
     if not records_decode(config, model, runner.kernels, groups.engine.size, dist.get_backend()):
-        return
+        return 0
+    recorder = CudaRecorder()
+    rows_and_tokens = {"max_rows": config.schedule.max_num_seqs, "max_tokens": config.max_model_len}
+    _all_or_none(lambda: runner.record_decode(recorder, **rows_and_tokens), groups.world)
+    _all_or_none(runner.check_recorded, groups.world)
+    return recorder.num_bytes
+
+
+def _all_or_none(step: Callable[[], None], world: Axis) -> None:
+    """A step of recording, which CUDA or NCCL may end in any way."""
     problem = ""
     try:
-        max_rows, max_tokens = config.schedule.max_num_seqs, config.max_model_len
-        runner.record_decode(CudaRecorder(), max_rows=max_rows, max_tokens=max_tokens)
-    except Exception as error:  # CUDA or NCCL may fail in any way; the other ranks wait for this one's word.
+        step()
+    except Exception as error:
+        first = f" (after {error.__context__!r})" if error.__context__ else ""
         problem = (
-            f"decode steps cannot be recorded here, use --enforce-eager: {type(error).__name__}: {error}"
+            "decode steps cannot be recorded here, use --enforce-eager, or where memory is short a lower "
+            f"--max-num-seqs: {type(error).__name__}: {error}{first}"
         )
-    tell_all(problem, groups.world)
+        logger.error("%s", problem)
+    tell_all(problem, world)
 
 
 def records_decode(
@@ -231,12 +247,14 @@ def _measured_cache(
 ) -> CacheConfig:
     """What all ranks have room for beside weights and the largest prefill. Collective over the world."""
 
-    def run(dry: DryPrefill) -> None:
+    def run(dry: DryPrefill) -> int:
         cache = make_cache(config, forward.model, dry.cache)
         sp = Wire(groups.sp, Ledger())
         runner = make_runner(config, groups, forward, context, cache, sp, kernels)
-        record_graphs(runner, config, forward.model, groups)  # they hold memory, too
+        recorded = record_graphs(runner, config, forward.model, groups)
         run_dry(dry, runner, cache, forward, config.schedule.max_num_seqs)
+        runner.forget_recorded()
+        return recorded
 
     return measured_cache(config, forward.model, groups.world, run)
 

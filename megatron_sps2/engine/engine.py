@@ -162,6 +162,7 @@ class Engine:
             plan: StepPlan = broadcast_plan(None, self._replica, self._device)
             self._run(plan)
             if plan.stop:
+                self._runner.forget_recorded()
                 return
 
     def idle(self) -> None:
@@ -191,6 +192,7 @@ class Engine:
     def stop(self) -> None:
         """Sends the last plan; the other ranks leave `follow`. Rank 0 only, once."""
         broadcast_plan(StepPlan(stop=True), self._replica, self._device)
+        self._runner.forget_recorded()
 
     def finish(self, request: Request, reason: FinishReason = FinishReason.STOP) -> None:
         """Ends a running request early, e.g. at a stop string; its cache stays until `release`."""

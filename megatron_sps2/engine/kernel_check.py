@@ -27,10 +27,9 @@ from megatron_sps2.ops.kernels.library import Library
 from megatron_sps2.ops.merge import merge
 from megatron_sps2.ops.paged import PagedKV, PagedRows, attend_paged_reference
 from megatron_sps2.ops.rotation import Rotation
-from megatron_sps2.parallel.collectives import Wire, gather_objects, leave_together
+from megatron_sps2.parallel.collectives import Wire, gather_objects, tell_all
 from megatron_sps2.parallel.groups import Axis
 from megatron_sps2.parallel.ledger import Ledger
-from megatron_sps2.parallel.shared_error import mark_shared
 
 logger = logging.getLogger(__name__)
 
@@ -72,17 +71,14 @@ def settle_kernels(wanted: str, heads: Heads, world: Axis) -> Kernels:
         problem = str(error)
     except Exception as error:  # A compiler may fail in any way; the other ranks wait for this one's word.
         problem = f"kernels={wanted!r} cannot run here, use --kernels torch: {type(error).__name__}: {error}"
-    everybody = gather_objects((kernels.name, problem, {library.name for library in libraries}), world)
-    for rank, (name, found, _) in enumerate(everybody):
-        if name != everybody[0][0]:
-            found = (
-                f"kernels={wanted!r} means {name} here, but {everybody[0][0]} on rank 0; install the same "
-                "packages everywhere, or use --kernels torch"
-            )
-        if found:
-            leave_together()
-            raise mark_shared(RuntimeError(f"rank {rank}: {found}"))
-    common = set.intersection(*(names for *_, names in everybody))
+    everybody = gather_objects((kernels.name, {library.name for library in libraries}), world)
+    if kernels.name != everybody[0][0]:
+        problem = (
+            f"kernels={wanted!r} means {kernels.name} here, but {everybody[0][0]} on rank 0; install the "
+            "same packages everywhere, or use --kernels torch"
+        )
+    tell_all(problem, world)
+    common = set.intersection(*(names for _, names in everybody))
     return _with(kernels, [library for library in libraries if library.name in common])
 
 
@@ -206,10 +202,11 @@ def _check_csa(kernels: Kernels, heads: Heads) -> Iterator[tuple[Tensor, Tensor]
 
 def _check_pack(kernels: Kernels, heads: Heads) -> Iterator[tuple[Tensor, Tensor]]:
     """What the first of two ranks sends of a prompt of nine segments, and that laid out again."""
-    plan = CsaPlan(CsaSetting(segment_size=64), 9 * 64, 2)
+    size = 128  # more than one program moves at a time, where heads have 64 numbers or more
+    plan = CsaPlan(CsaSetting(segment_size=size), 9 * size, 2)
     routes = CsaRoutes(plan, 0, heads.device)
     _, k, v = (x.transpose(0, 1) for x in _qkv(heads, 1, plan.layout.tokens_per_rank[0]))
-    bits = _random(heads, len(k), routes.scoring.num_tasks, 64 // 8).mul(64).to(torch.uint8)
+    bits = _random(heads, len(k), routes.scoring.num_tasks, size // 8).abs().mul(64).to(torch.uint8)
     packings = [each.unite(bits, routes.leaving) for each in (kernels, TORCH)]
     yield packings[0].first, packings[1].first
     yield packings[0].bits, packings[1].bits
@@ -244,11 +241,11 @@ def _qkv(heads: Heads, sq: int, sk: int) -> tuple[Tensor, Tensor, Tensor]:
     """q [sq, n, d], k and v [sk, n_kv, d]"""
     kv = (sk, heads.num_kv_heads, heads.head_dim)
     q = _random(heads, sq, heads.num_heads, heads.head_dim)
-    return q, _random(heads, *kv), _random(heads, *kv, seed=1)
+    return q, _random(heads, *kv, seed=1), _random(heads, *kv, seed=2)
 
 
 def _random(heads: Heads, *shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(2 * sum(shape) + seed)
+    generator = torch.Generator().manual_seed(3 * sum(shape) + seed)
     return torch.randn(shape, generator=generator).to(heads.device, heads.dtype)
 
 

@@ -25,9 +25,11 @@ from megatron_sps2.parallel.shared_error import mark_shared
 
 
 def measured_cache(
-    config: EngineConfig, model: ModelConfig, world: Axis, run: Callable[[DryPrefill], None]
+    config: EngineConfig, model: ModelConfig, world: Axis, run: Callable[[DryPrefill], int]
 ) -> CacheConfig:
     """Collective; `run` makes a cache, runs a dry prefill and forgets both.
+
+    It gives the bytes that recorded decode steps keep, of which a peak of what is in use knows nothing.
 
     Raises ValueError where a request of max_model_len tokens has no room: on every rank alike where weights
     leave too little, on the rank whose memory did not suffice where that was found by running.
@@ -36,11 +38,11 @@ def measured_cache(
     layer = kv_layer_bytes(model, config.parallel.tp_size, config.dtype, config.kv_cache_dtype)
     block_bytes = model.num_layers * layer * config.block_size
     _fit(config, block_bytes, world, _room(config, lambda: None, 0))
-    dry = [
-        _room(config, lambda one=one: run(one), one.cache.num_blocks * block_bytes)  # type: ignore[misc]
-        for one in dry_prefills(config, model)
-    ]
-    largest = max(room.activations for room in dry) + paused_bytes(config, model)
+    dry, recorded = list[Room](), list[int]()
+    for one in dry_prefills(config, model):
+        num_bytes = one.cache.num_blocks * block_bytes
+        dry.append(_room(config, lambda one=one: recorded.append(run(one)), num_bytes))  # type: ignore[misc]
+    largest = max(room.activations for room in dry) + max(recorded) + paused_bytes(config, model)
     last = dry[-1]  # libraries have taken what they need by now
     return _fit(config, block_bytes, world, Room(total=last.total, used=last.used, activations=largest))
 

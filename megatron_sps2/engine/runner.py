@@ -19,7 +19,7 @@ from megatron_sps2.attention.kv_cache import KVCache
 from megatron_sps2.attention.window import Windows
 from megatron_sps2.config import SamplingParams
 from megatron_sps2.csa_setting import CsaSetting
-from megatron_sps2.engine.decode_graph import DecodeGraphs, Record
+from megatron_sps2.engine.decode_graph import DecodeGraphs, Recorder
 from megatron_sps2.engine.plan import DecodeToken, NewPrompt, PrefillPiece, StepPlan
 from megatron_sps2.engine.sampler import (
     PoisonedLogits,
@@ -123,7 +123,7 @@ class Runner:
         self._paused: dict[int, _Part] = {}
         self._graphs: DecodeGraphs | None = None
 
-    def record_decode(self, record: Record, *, max_rows: int, max_tokens: int) -> None:
+    def record_decode(self, recorder: Recorder, *, max_rows: int, max_tokens: int) -> None:
         """From now on batches of decodes alone are replayed. All ranks of the replica call this."""
         assert self.kernels.append_roped is not None
         self._graphs = DecodeGraphs(
@@ -136,9 +136,17 @@ class Runner:
             max_tokens=max_tokens,
             scale=self._scale,
             windows=self._windows,
-            record=record,
+            recorder=recorder,
         )
+
+    def check_recorded(self) -> None:
+        """Raises RuntimeError on a rank where recorded decode steps are off. All ranks call this."""
+        assert self._graphs is not None
         self._graphs.check()
+
+    def forget_recorded(self) -> None:
+        """At the end: NCCL's communicators wait for the graphs that hold their messages."""
+        self._graphs = None
 
     @property
     def kv_bytes(self) -> int:
@@ -181,7 +189,11 @@ class Runner:
 
     def _run_layers(self, plan: StepPlan) -> StepResult:
         """All parts through the same layers, in one pass."""
-        if self._graphs is not None and not plan.pieces and self._graphs.fit([t.home for t in plan.decode]):
+        if (
+            self._graphs is not None
+            and not plan.pieces
+            and self._graphs.fit(token.home for token in plan.decode)
+        ):
             return self._finish(plan, [self._replay(self._graphs, plan.decode)])
         num_layers = self._forward.num_layers
         first, last = (

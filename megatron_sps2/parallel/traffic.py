@@ -20,7 +20,8 @@ CSA_COLLECTIVES = (
     *("csa_probes", "csa_sums", "csa_index", "csa_kept"),
     *("dilated_in", "dilated_out", "gather_queries", "return_partials"),
 )
-DECODE_COLLECTIVES = ("gather_queries", "return_partials")
+# A recorded decode step gathers rows, with their K and V.
+DECODE_COLLECTIVES = ("gather_queries", "gather_rows", "return_partials")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,13 @@ class Traffic:
     def decode(self, batch_size: int) -> float:
         """2 B n d e (P-1)/P + 4 B n (P-1)/P, over T: the same trip as pass_q, whatever the context length."""
         return self.pass_q(batch_size)
+
+    def recorded_decode(self, rows_per_rank: int) -> float:
+        """b (P-1) ((2 n + 2 n_kv) d e + 4 n) / T, b rows a rank: queries, K and V to all, partials back."""
+        model, others = self.model, self.parallel.sp_size - 1
+        lse = model.num_attention_heads * LSE_BYTES / self.parallel.tp_size
+        row = self._row(2 * model.num_attention_heads + 2 * model.num_query_groups)
+        return rows_per_rank * others * (row + lse)
 
     def moved_kv(self, num_tokens: int) -> float:
         """2 n_kv d e a token: K and V of new tokens that are kept away from home (sum over the sp ranks)."""

@@ -40,6 +40,7 @@ class Pulse:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._engine.observe = None
         self._ended.set()
         self._thread.join(timeout=2.0)
 

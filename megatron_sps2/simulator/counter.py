@@ -167,7 +167,7 @@ class Counter:
     # Answers.
 
     def _decode(self, tokens: Sequence[DecodeToken]) -> Work:
-        """All layers: what the busiest rank reads of its KV, and the queries' trip."""
+        """All layers of a launched step: what the busiest rank reads of its KV, and the queries' trip."""
         if not tokens:
             return Work()
         num_windowed, num_layers = len(self.model.window_layers), self._layers
