@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.busy, pytest.mark
 LENGTHS = (1, 7, 257, 4097)
 # Of the largest logit (about 40). fp32 through 30 layers; measured below 2e-5.
 TOLERANCE = 1e-4
-# Decode steps of more ranks than cores take up to a second each: they get fewer tokens, and 9 or 12 ranks few.
+# Decode steps of more ranks than cores take up to a second each: these get fewer tokens, 9 or 12 ranks few.
 # 64 tokens at every layout: test_exactness.
 NUM_CORES, MANY_RANKS = 2, 9
 NUM_GENERATED_CROWDED, NUM_GENERATED_MANY = 24, 6
