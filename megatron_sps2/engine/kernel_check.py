@@ -72,7 +72,7 @@ def settle_kernels(wanted: str, heads: Heads, world: Axis) -> Kernels:
     except Exception as error:  # A compiler may fail in any way; the other ranks wait for this one's word.
         problem = f"kernels={wanted!r} cannot run here, use --kernels torch: {type(error).__name__}: {error}"
     everybody = gather_objects((kernels.name, {library.name for library in libraries}), world)
-    if kernels.name != everybody[0][0]:
+    if not problem and kernels.name != everybody[0][0]:
         problem = (
             f"kernels={wanted!r} means {kernels.name} here, but {everybody[0][0]} on rank 0; install the "
             "same packages everywhere, or use --kernels torch"
