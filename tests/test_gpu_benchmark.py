@@ -58,6 +58,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.triton
 def test_kernels_are_measured_where_the_requirements_are_not_installed(tmp_path: Path) -> None:
     script = (ROOT / "benchmarks/gpu/run.py", "--out", tmp_path, "--device", "cpu", "--tiny")
     command = (sys.executable, "-c", WITHOUT_THEM, *script, "--only", "ceilings", "decode", "step", "serving")
