@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_sps2.parallel import garbage
+
+garbage.look_less()
+
 # Kernels without a device run in Triton's interpreter; it asks for this when a kernel is defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

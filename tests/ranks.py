@@ -16,7 +16,12 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed", "megatron_sps2.engine.build", "megatron_sps2.ops.cpu.decode"]
+# transformers too, as many test modules import it and ranks import those: 1.5 s for each rank.
+_PRELOAD = [
+    "megatron_sps2.cli.preload",
+    "pytest",
+    "transformers.models.llama.modeling_llama",
+]
 COLLECTIVE_TIMEOUT_S = 120
 
 

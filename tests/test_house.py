@@ -123,3 +123,15 @@ def test_ranks_start_without_the_compiler() -> None:
     assert not is_compiler_loaded("megatron_sps2.engine.build")
     # Control: Megatron by itself loads it.
     assert is_compiler_loaded("megatron.core.models.gpt.gpt_model")
+
+
+def collection_threshold(module: str) -> int:
+    code = f"import {module}, gc; print(gc.get_threshold()[0])"
+    return int(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    )
+
+
+def test_garbage_is_looked_for_less_often_in_our_processes_and_not_in_a_users() -> None:
+    assert collection_threshold("megatron_sps2.cli.preload") == 10_000
+    assert collection_threshold("megatron_sps2.llm") == 700

@@ -22,6 +22,7 @@ from megatron_sps2.cli import (
 )
 from megatron_sps2.cli.config_file import insert_config
 from megatron_sps2.cli.process import INTERRUPTED, leave, report, set_logging
+from megatron_sps2.parallel import garbage
 from megatron_sps2.parallel.rank_env import launched_rank
 
 # Command -> what it adds to the parser; megatron_sps2.cli.COMMAND has run(args) -> exit code.
@@ -64,6 +65,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 for a run that failed, 2 for input that cannot be served."""
+    garbage.look_less()
     args = parse_args(sys.argv[1:] if argv is None else argv)
     set_logging(args.log_level)
     if (skipped := getattr(args, "skipped_settings", None)) and (launched_rank() or (0,))[0] == 0:

@@ -24,6 +24,7 @@ from megatron_sps2.config import CacheConfig, ModelConfig
 from megatron_sps2.engine.engine_config import EngineConfig
 from megatron_sps2.engine.rank_memory import kv_layer_bytes
 from megatron_sps2.model.manifest import load_model_config
+from megatron_sps2.parallel import garbage
 from megatron_sps2.parallel.network import address_of, is_loopback
 from megatron_sps2.parallel.rank_env import LOOPBACK, RankEnv
 from megatron_sps2.server.beats import tell_lost
@@ -130,6 +131,7 @@ def serve_rank(args: argparse.Namespace) -> int:
             kept = f"room for {engine.blocks.capacity:,} tokens in the KV cache of a replica"
             print(f"loaded {args.checkpoint} in {took}; {kept}", file=sys.stderr, flush=True)
         engine.ledger.trace = Trace() if args.trace else None
+        garbage.leave_aside()
         with Pulse(engine, args.endpoints.beats, world):
             _follow_or_lead(args, engine, world)
     except Exception as error:

@@ -36,7 +36,7 @@ from megatron_sps2.parallel.rendezvous import meet, open_store
 WAKE_S = 2.0
 LEAVE_S = 10.0
 NAME_WAIT_S = 0.5
-PRELOAD = ("torch.distributed", "megatron_sps2.engine.build", "megatron_sps2.ops.cpu.decode")
+PRELOAD = ("megatron_sps2.cli.preload",)
 Body = Callable[[argparse.Namespace], int]
 Check = Callable[[argparse.Namespace], None]
 

@@ -20,6 +20,7 @@ import psutil
 import uvicorn
 
 from megatron_sps2.engine.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from megatron_sps2.parallel import garbage
 from megatron_sps2.server.app import make_app
 from megatron_sps2.server.engine_client import EngineClient
 from megatron_sps2.server.errors import ApiError
@@ -76,6 +77,7 @@ class _FrontEnd:
             make_app(service), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2
         )
         server = _Server(settings)
+        garbage.leave_aside()
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         reading = asyncio.create_task(client.run())
         _tell_port(config, listener)

@@ -1,0 +1,10 @@
+"""What a forkserver imports once for all local ranks: they then start in 0.3 s instead of 10 s."""
+
+from megatron_sps2.parallel import garbage
+
+garbage.look_less()
+
+import torch.distributed  # noqa: E402, F401
+
+import megatron_sps2.engine.build  # noqa: E402
+import megatron_sps2.ops.cpu.decode  # noqa: E402, F401
