@@ -17,7 +17,7 @@ from checkpoints_tools.legacy_files import find_legacy, legacy_shards
 from checkpoints_tools.legacy_writer import write_legacy
 from checkpoints_tools.llama2c import Llama2cSource, is_llama2c
 from checkpoints_tools.source import CheckedSource, Source, check_weights
-from checkpoints_tools.target import Progress, check_target
+from checkpoints_tools.target import Progress, check_source, check_target
 from megatron_sps2.config import CHECKPOINT_FORMATS, DTYPES, CheckpointFormat, DType, ModelConfig
 from megatron_sps2.model.heap import return_freed_memory
 from megatron_sps2.model.manifest import MANIFEST_NAME
@@ -92,8 +92,7 @@ def reshard(
 
 def open_source(src: Path, *, trust_pickle: bool = False) -> Source:
     """Guesses the format of `src` by what is there."""
-    if not src.exists():
-        raise FileNotFoundError(f"{src} does not exist; give a .gguf file or a model's folder")
+    check_source(src)
     if src.is_file() and src.suffix.lower() == ".gguf":
         return GgufSource(src)
     if src.is_file() and is_llama2c(src):

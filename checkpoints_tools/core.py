@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from checkpoints_tools.core_reader import CoreReader
 from checkpoints_tools.legacy_args import model_config
+from checkpoints_tools.mapped import on_disk
 from checkpoints_tools.pickles import load_pickle
 from checkpoints_tools.source import Source
-from checkpoints_tools.target import Progress, on_disk
+from checkpoints_tools.target import Progress
 from checkpoints_tools.tokenizer_files import copy_tokenizer
 from megatron_sps2.config import DTYPES, DType
 from megatron_sps2.model.checkpoint import save_model

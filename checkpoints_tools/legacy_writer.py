@@ -11,8 +11,9 @@ from torch import Tensor
 
 from checkpoints_tools.legacy import split_tp
 from checkpoints_tools.legacy_args import make_args
+from checkpoints_tools.mapped import on_disk
 from checkpoints_tools.source import Source
-from checkpoints_tools.target import Progress, on_disk, whole_folder
+from checkpoints_tools.target import Progress, whole_folder
 from megatron_sps2.config import DType, ModelConfig, ParallelConfig, divisors
 from megatron_sps2.model.manifest import TRACKER_NAME, WEIGHTS_NAME, write_manifest
 from megatron_sps2.model.spec import padded_vocab_size

@@ -1,27 +1,29 @@
 """The folder that a converter writes: whole or not at all, and never over something that is not a checkpoint.
 
-Knows no format.
+Knows no format, and no torch: a mistake is told at once.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from megatron_sps2.model.manifest import check_replaceable
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 
+def check_source(src: Path) -> None:
+    if not src.exists():
+        raise FileNotFoundError(f"{src} does not exist; give a .gguf file or a model's folder")
+
+
 def check_target(src: Path, target: Path, force: bool) -> None:
-    """Raises ValueError or FileExistsError before anything is read."""
+    """Raises ValueError, FileNotFoundError or FileExistsError before anything is read."""
+    check_source(src)
     source, place = src.resolve(), target.resolve()
     if source == place or place in source.parents or source in place.parents:
         raise ValueError(
@@ -45,14 +47,3 @@ def whole_folder(target: Path) -> Iterator[Path]:
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def on_disk(tensor: Tensor, folder: Path) -> Tensor:
-    """A copy in a mapped file, which the system can write back when memory runs short.
-
-    The file has no name any more: it lives as long as it is mapped, and no longer.
-    """
-    path = folder / secrets.token_hex(8)
-    mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    path.unlink()
-    return mapped.view(tensor.shape).copy_(tensor)

@@ -94,6 +94,9 @@ def test_launch_scripts_stop_at_the_first_error(path: Path) -> None:
         "server.protocol",
         "cli.simulate",
         "cli.plan",
+        "cli.reshard",
+        "cli.verify",
+        "cli.inspect",
     ],
 )
 def test_who_plans_and_who_watches_needs_no_torch(module: str) -> None:

@@ -6,14 +6,17 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
+from checkpoints_tools.target import check_target
 from megatron_sps2.config import ModelConfig
 
 
 def run(args: argparse.Namespace) -> int:
+    check_target(Path(args.source), Path(args.target), args.force)
     from checkpoints_tools.convert import convert
 
     with bar(f"opening {args.source}", last=f"writing {args.target}") as show:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from checkpoints_tools.target import check_source
+
 
 def run(args: argparse.Namespace) -> int:
+    check_source(Path(args.source))
     from checkpoints_tools.inspect import inspect
 
     found = inspect(args.source, trust_pickle=args.trust_pickle)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from checkpoints_tools.target import check_target
 from megatron_sps2.cli.convert import bar, say
 
 
 def run(args: argparse.Namespace) -> int:
+    check_target(Path(args.source), Path(args.target), args.force)
     from checkpoints_tools.convert import reshard
 
     with bar(f"opening {args.source}", last=f"writing {args.target}") as show:

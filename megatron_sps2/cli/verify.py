@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from checkpoints_tools.target import check_source
 from megatron_sps2.cli.convert import bar
 
 
 def run(args: argparse.Namespace) -> int:
+    for source in (args.first, args.second):
+        check_source(Path(source))
     from checkpoints_tools.verify import verify
 
     with bar(f"comparing {args.first} and {args.second}") as show:
