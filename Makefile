@@ -72,9 +72,9 @@ lint: venv-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Most tests wait more than they compute; those that do compute run alone.
+# Tests wait much of their time: three at a time are right for 2 cores. Those that only compute run alone.
 test: venv-test model lint
-	$(BIN)/python -m pytest -m "not busy" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not busy" --numprocesses 3 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m busy
 
 # Wants the machine for itself. Each part can be run alone; the last line makes the page of what is there.

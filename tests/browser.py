@@ -64,6 +64,15 @@ def texts(driver: webdriver.Chrome, selector: str) -> list[str]:
     return found
 
 
+def attributes(driver: webdriver.Chrome, selector: str, name: str) -> list[str]:
+    """In one go: the page replaces elements as it hears from the server."""
+    script = (
+        "return [...document.querySelectorAll(arguments[0])].map((node) => node.getAttribute(arguments[1]))"
+    )
+    found: list[str] = driver.execute_script(script, selector, name)
+    return found
+
+
 def text(driver: webdriver.Chrome, selector: str) -> str:
     return "".join(texts(driver, selector))
 

@@ -21,6 +21,7 @@ from selenium.webdriver.common.keys import Keys
 
 from tests.browser import (
     ask,
+    attributes,
     browse,
     check_page,
     console_errors,
@@ -218,11 +219,7 @@ def test_page_shows_what_the_server_does(driver: webdriver.Chrome) -> None:
         assert tiles["Running"] == "2" and tiles["Waiting"] == "2" and tiles["Prefilling / paused"] == "1 / 1"
         assert tiles["Prompt tokens/s"] == "5,120" and tiles["TTFT p50 / p99"] == "322 ms / 1.89 s"
         assert tiles["TBT p50 / p99"] == "98 ms / 104 ms"
-        meters = [
-            meter.get_attribute("aria-valuenow")
-            for meter in driver.find_elements("css selector", "[role=meter]")
-        ]
-        assert meters == ["13", "25", "38", "50"]
+        assert attributes(driver, "[role=meter]", "aria-valuenow") == ["13", "25", "38", "50"]
         assert "1,000 / 2,000" in text(driver, "#ranks tr:last-child")
         assert texts(driver, "#ranks .late") == ["4.2 s ago"]
         rows = texts(driver, "#requests tr")
