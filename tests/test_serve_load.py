@@ -46,8 +46,8 @@ async def _ask_all(server: Server, at_once: bool) -> list[str]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of few heads: 80,000 tokens of prompts are read seven times."""
-    return make_checkpoint(tmp_path_factory.mktemp("load"), num_heads=3, num_kv_heads=1)
+    """Of few heads and layers: 80,000 tokens of prompts are read seven times."""
+    return make_checkpoint(tmp_path_factory.mktemp("load"), num_heads=3, num_kv_heads=1, num_hidden_layers=3)
 
 
 @pytest.fixture(scope="module")
