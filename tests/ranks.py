@@ -92,11 +92,13 @@ def _rank_main(
             world_size=world_size,
             timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
         )
-        dist.barrier()  # A rank that ends at once must not be gone before the others are connected to it.
         result = (False, fn(*args))
     except BaseException:
         result = (True, traceback.format_exc())
     # Plain pickle copies tensors; the pipe's own would share memory that dies with this process.
     pipe.send_bytes(pickle.dumps(result))
     pipe.close()
-    os._exit(0)  # No teardown: peers of a failed rank may never answer.
+    # The parent ends it once all have answered: others may still be connecting to this one. No teardown:
+    # peers of a failed rank may never answer.
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]
+    os._exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import re
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -98,8 +99,9 @@ def serve(
         if kernels is RECORDABLE:
             runner = engine._runner
             runner.kernels = kernels
-            runner.record_decode(recorder, max_rows=max_rows or job.schedule.max_num_seqs, max_tokens=500)
-            runner.check_recorded()
+            runner.warm_up_decode(recorder, max_rows=max_rows or job.schedule.max_num_seqs, max_tokens=500)
+            runner.record_decode()
+            assert not runner.check_recorded()
             recorder.num_replays = recorder.num_bytes = 0
             graphs = cast(DecodeGraphs, runner._graphs)
             graphs.fit = noting(graphs.fit, fits)  # type: ignore[method-assign]
@@ -248,6 +250,16 @@ class FailsAtLast(Counting):
         return replay
 
 
+class FailsInAWarmUp(Tape):
+    def warm_up(self, body: Callable[[], Tensor]) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+
+class WarmsUp(Tape):
+    def warm_up(self, body: Callable[[], Tensor]) -> None:
+        body()
+
+
 class ExchangesNothing(Tape):
     def _run(self, func: Any, *more: Any) -> None:
         skip_all_to_alls(Tape._run)(self, func, *more)
@@ -271,7 +283,7 @@ def record_with(checkpoint: str, recorders: dict[int, type[Tape]]) -> None:
     [
         (
             {1: OffAtFirst},
-            "rank 1: .*--enforce-eager.*RuntimeError: a recorded decode step of 14 rows is off",
+            "rank 1: .*--enforce-eager.*: a recorded decode step of 14 rows is off",
         ),
         ({1: FailsAtLast}, "rank 1: decode steps cannot be recorded here, .*OSError: no graphs here"),
         ({0: ExchangesNothing, 1: ExchangesNothing}, "a recorded decode step of .* rows is off"),
@@ -282,6 +294,13 @@ def test_recordings_that_are_off_or_fail_on_one_rank_end_the_start_on_all(
 ) -> None:
     with pytest.raises(RankFailed, match=told):
         run_ranks(2, record_with, checkpoints["gpt2"], recorders, timeout_s=100)
+
+
+def test_a_rank_that_fails_in_a_warm_up_ends_at_once(checkpoints: dict[str, str]) -> None:
+    """The other waits for it in an exchange: what it might be told would come when its time is up."""
+    told = "rank 1 raised.*lower --max-num-seqs: OutOfMemoryError: no room"
+    with pytest.raises(RankFailed, match=re.compile(told, re.DOTALL)):
+        run_ranks(2, record_with, checkpoints["gpt2"], {0: WarmsUp, 1: FailsInAWarmUp}, timeout_s=60)
 
 
 def test_recordings_that_are_right_pass(checkpoints: dict[str, str]) -> None:
@@ -299,7 +318,8 @@ def recorded_at_the_end(checkpoint: str) -> tuple[bool, bool]:
     engine, _ = make_engine(checkpoint, groups, TURNS)
     runner = engine._runner
     runner.kernels = RECORDABLE
-    runner.record_decode(Tape(), max_rows=2, max_tokens=500)
+    runner.warm_up_decode(Tape(), max_rows=2, max_tokens=500)
+    runner.record_decode()
     held = weakref.ref(next(iter(cast(DecodeGraphs, runner._graphs)._replays.values())))
     gc.disable()
     before = held() is not None

@@ -31,6 +31,12 @@ def _is_written(module: str) -> bool:
     return all(find_spec(f"megatron_sps2.ops.{name}") for name in ("kernels", f"kernels.{module}"))
 
 
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """main() asks for it; what it sets is undone for the tests after these."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
 @pytest.mark.slow
 @pytest.mark.triton
 def test_the_script_runs_all_its_sections_to_the_end(tmp_path: Path) -> None:

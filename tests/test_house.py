@@ -128,6 +128,28 @@ def test_ranks_start_without_the_compiler() -> None:
     assert is_compiler_loaded("megatron.core.models.gpt.gpt_model")
 
 
+COUNT_DEVICES = """
+import torch
+asked = []
+torch.cuda._is_compiled, torch.version.cuda = lambda: True, "13.0"
+torch.cuda._device_count_nvml = lambda: 0
+torch._C._cuda_getDeviceCount = lambda: asked.append(1) or 0  # After this no forked process can use a device.
+import megatron_sps2.cli.preload
+raise SystemExit(len(asked))
+"""
+
+
+def test_ranks_can_use_a_device_after_what_their_forkserver_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a host with CUDA's tools, as the environment says."""
+    monkeypatch.setenv("CUDA_HOME", "/usr")
+    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
+    command = (sys.executable, "-W", "ignore", "-c", COUNT_DEVICES)
+    assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 0
+    # Control: torch by itself asks in a way that ends it.
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "0")
+    assert subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True).returncode > 0
+
+
 def collection_threshold(module: str) -> int:
     code = f"import {module}, gc; print(gc.get_threshold()[0])"
     return int(

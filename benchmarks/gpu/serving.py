@@ -32,10 +32,12 @@ def _random(bench: Bench, num_tokens: int) -> Row:
     model = shape(bench)
     with world_of_one() as groups:
         forward, context = random_forward(bench, groups, torch.bfloat16)
-        from megatron_sps2.engine.build import assemble
+        from megatron_sps2.engine.build import assemble, heads_of
+        from megatron_sps2.engine.kernel_check import settle_kernels
 
         config = EngineConfig(checkpoint="", **_settings(bench, num_tokens))
-        engine = assemble(config, groups, forward, context)
+        kernels = settle_kernels("auto", heads_of(config, forward.model), groups.world)
+        engine = assemble(config, groups, forward, context, kernels)
         return _answer(engine, num_tokens, f"{model.num_layers} layers of hidden {model.hidden_size}")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_sps2.attention.csa_exchange import KeptKeys
 from megatron_sps2.attention.csa_run import CsaRun, HeadChunk
-from megatron_sps2.attention.prefill import PrefillShape, kv_chunks, pass_q
+from megatron_sps2.attention.prefill import PrefillShape, in_chunks, kv_chunks, pass_q
 
 # Messages of the next head chunk that should be on their way while this one attends.
 STAGES = 4
@@ -26,8 +26,9 @@ def csa(q: Tensor, k: Tensor, v: Tensor, run: CsaRun, layer: int) -> Tensor:
     assert q.shape[1] == 1, "CSA takes one prompt at a time"
     sent = run.wire.ledger.total_sent
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    heads_of_chunks = kv_chunks(k.shape[2], in_chunks(k, run.wire, run.overlap))
     # Made as they come and dropped once attended: two are alive at a time.
-    chunks = (HeadChunk.cut(run, layer, heads, q, k, v) for heads in _head_chunks(k, run))
+    chunks = (HeadChunk.cut(run, layer, heads, q, k, v) for heads in heads_of_chunks)
     kept = KeptKeys(next(chunks))
     _finish(kept.fetch())
     for chunk in chunks:
@@ -44,12 +45,6 @@ def csa(q: Tensor, k: Tensor, v: Tensor, run: CsaRun, layer: int) -> Tensor:
             _attend_tail(q, k, v, out, run)
     run.tally.bytes_sent += run.wire.ledger.total_sent - sent
     return out
-
-
-def _head_chunks(k: Tensor, run: CsaRun) -> list[range]:
-    """On one rank nothing is under way meanwhile; a head at a time still takes less memory for its scores."""
-    alone = len(run.ranks) == 1
-    return kv_chunks(k.shape[2], run.overlap and not (alone and k.is_cuda))
 
 
 def _finish(stages: Iterator[None]) -> None:

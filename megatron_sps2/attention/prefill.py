@@ -91,7 +91,7 @@ def ulysses(q: Tensor, k: Tensor, v: Tensor, shape: PrefillShape) -> Tensor:
     def give_back(groups: list[list[HeadGroup]], out: Tensor) -> Handle[list[Tensor]]:
         return heads_to_seq(out, wire, tokens, [sum(g.num_queries for g in held) for held in groups])
 
-    chunks = _head_chunks(split, shape.overlap)
+    chunks = _head_chunks(split, in_chunks(q, wire, shape.overlap))
     results = three_phase(chunks, bring, compute, give_back)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for groups, pieces in zip(chunks, results, strict=True):
@@ -124,7 +124,8 @@ def pass_kv(q: Tensor, k: Tensor, v: Tensor, shape: PrefillShape) -> Tensor:
         values()  # A rank with no token must still take V off the wire.
         return torch.cat(outs)
 
-    results = three_phase(kv_chunks(k.shape[2], shape.overlap), bring, compute, lambda _, out: _stays(out))
+    chunks = kv_chunks(k.shape[2], in_chunks(k, wire, shape.overlap))
+    results = three_phase(chunks, bring, compute, lambda _, out: _stays(out))
     return torch.cat(results, dim=2)
 
 
@@ -148,7 +149,8 @@ def pass_q(q: Tensor, k: Tensor, v: Tensor, shape: PrefillShape) -> Tensor:
     def give_back(_: range, partial: tuple[Tensor, Tensor]) -> Handle[tuple[Tensor, Tensor]]:
         return return_partials(*partial, wire, tokens)
 
-    results = three_phase(kv_chunks(k.shape[2], shape.overlap), bring, compute, give_back)
+    chunks = kv_chunks(k.shape[2], in_chunks(k, wire, shape.overlap))
+    results = three_phase(chunks, bring, compute, give_back)
     return torch.cat([shape.kernels.merge(outs, lses)[0] for outs, lses in results], dim=2)
 
 
@@ -223,6 +225,11 @@ def _head_chunks(split: list[list[HeadGroup]], overlap: bool) -> list[list[list[
     if not overlap:
         return [split]
     return [[held[c : c + 1] for held in split] for c in range(max(map(len, split)))]
+
+
+def in_chunks(x: Tensor, wire: Wire, overlap: bool) -> bool:
+    """On one rank nothing is under way meanwhile; a head at a time still takes less of a CPU's memory."""
+    return overlap and not (wire.axis.size == 1 and x.is_cuda)
 
 
 def kv_chunks(num_kv_heads: int, overlap: bool) -> list[range]:

@@ -76,7 +76,6 @@ def _measure(args: argparse.Namespace) -> int:
 
 
 def _write(args: argparse.Namespace, engine: Engine, observations: list[Observation]) -> None:
-    from megatron_sps2.parallel.host import host_memory
     from megatron_sps2.simulator.fit import as_profile, fit
     from megatron_sps2.simulator.profile import save_profile
 
@@ -87,7 +86,7 @@ def _write(args: argparse.Namespace, engine: Engine, observations: list[Observat
         name=Path(args.out).stem,
         source=f"measured by sps2 profile {__version__}",
         dtype=args.dtype,
-        memory_bytes=host_memory()[0] // parallel.world_size,
+        memory_bytes=_memory(args.device, parallel.world_size),
         devices_per_node=parallel.world_size,
         notes={
             "machine": platform.processor() or platform.machine(),
@@ -111,3 +110,14 @@ def _write(args: argparse.Namespace, engine: Engine, observations: list[Observat
 
 def _tell(line: str) -> None:
     print(f"sps2: {line}", file=sys.stderr, flush=True)
+
+
+def _memory(device: str, num_ranks: int) -> int:
+    """In bytes, of a rank's device; ranks on CPU share the host's."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[1])
+    from megatron_sps2.parallel.host import host_memory
+
+    return host_memory()[0] // num_ranks

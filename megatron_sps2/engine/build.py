@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -38,13 +39,18 @@ from megatron_sps2.model.heap import keep_freed_memory
 from megatron_sps2.model.manifest import load_model_config, read_manifest
 from megatron_sps2.ops.kernel_set import Kernels, choose_kernels
 from megatron_sps2.parallel.collectives import Wire, gather_objects, leave_together, tell_all
-from megatron_sps2.parallel.groups import Axis, ParallelGroups, world_axis
+from megatron_sps2.parallel.groups import ParallelGroups, world_axis
 from megatron_sps2.parallel.ledger import Ledger
 from megatron_sps2.parallel.mailbox import open_mailbox
 from megatron_sps2.parallel.shared_error import mark_shared
 from megatron_sps2.parallel.traffic import Traffic
 
 logger = logging.getLogger(__name__)
+
+NOT_RECORDED = (
+    "decode steps cannot be recorded here, use --enforce-eager, or where memory is short a lower "
+    "--max-num-seqs: "
+)
 
 __all__ = ["EngineConfig", "assemble", "build_engine", "compare_ranks"]
 
@@ -148,31 +154,38 @@ def assemble(
 def record_graphs(runner: Runner, config: EngineConfig, model: ModelConfig, groups: ParallelGroups) -> int:
     """Where decode steps can be graphs -> bytes that these keep of the device. Collective over the world.
 
-    Raises RuntimeError on every rank where they cannot be recorded, or are off, on any. One that fails before
-    it has warmed up leaves the others to their time limit: its error is in the log.
+    Raises RuntimeError on every rank where they cannot be recorded, or are off, on any. A rank that fails
+    where others wait for it, as in a warm-up, raises alone and at once; they hear of its end by heartbeat.
     """
     if not records_decode(config, model, runner.kernels, groups.engine.size, dist.get_backend()):
         return 0
     recorder = CudaRecorder()
-    rows_and_tokens = {"max_rows": config.schedule.max_num_seqs, "max_tokens": config.max_model_len}
-    _all_or_none(lambda: runner.record_decode(recorder, **rows_and_tokens), groups.world)
-    _all_or_none(runner.check_recorded, groups.world)
+    with _explained():
+        runner.warm_up_decode(
+            recorder, max_rows=config.schedule.max_num_seqs, max_tokens=config.max_model_len
+        )
+    problem = ""
+    try:
+        with _explained():
+            runner.record_decode()
+    except RuntimeError as error:
+        problem = str(error)
+        logger.error("%s", problem)
+    tell_all(problem, groups.world)
+    with _explained():
+        off = runner.check_recorded()
+    tell_all(off and NOT_RECORDED + off, groups.world)
     return recorder.num_bytes
 
 
-def _all_or_none(step: Callable[[], None], world: Axis) -> None:
-    """A step of recording, which CUDA or NCCL may end in any way."""
-    problem = ""
+@contextmanager
+def _explained() -> Iterator[None]:
+    """For a step of recording, which CUDA or NCCL may end in any way."""
     try:
-        step()
+        yield
     except Exception as error:
         first = f" (after {error.__context__!r})" if error.__context__ else ""
-        problem = (
-            "decode steps cannot be recorded here, use --enforce-eager, or where memory is short a lower "
-            f"--max-num-seqs: {type(error).__name__}: {error}{first}"
-        )
-        logger.error("%s", problem)
-    tell_all(problem, world)
+        raise RuntimeError(f"{NOT_RECORDED}{type(error).__name__}: {error}{first}") from error
 
 
 def records_decode(
@@ -256,6 +269,7 @@ def _measured_cache(
         runner.forget_recorded()
         return recorded
 
+    gather_objects(None, groups.engine)  # What NCCL keeps for these is taken before anything is measured.
     return measured_cache(config, forward.model, groups.world, run)
 
 

@@ -31,6 +31,11 @@ def measure_memory(run: Callable[[], None], device: torch.device) -> DeviceMemor
     return DeviceMemory(total=total, free=free, peak=peak)
 
 
+def name_of(device: torch.device) -> str:
+    """Of the card itself: under SLURM every rank may call its own cuda:0."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
 def _clean(device: torch.device) -> None:
     gc.collect()
     torch.cuda.synchronize(device)

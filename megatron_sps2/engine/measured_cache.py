@@ -59,8 +59,8 @@ def paused_bytes(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def _refuse_shared_devices(config: EngineConfig, world: Axis) -> None:
-    if torch.device(config.device).type == "cuda":
-        problem = shared_device(gather_objects((socket.gethostname(), config.device), world))
+    if (device := torch.device(config.device)).type == "cuda":
+        problem = shared_device(gather_objects((socket.gethostname(), device_memory.name_of(device)), world))
         if problem:
             leave_together()
             raise mark_shared(ValueError(problem))

@@ -123,8 +123,8 @@ class Runner:
         self._paused: dict[int, _Part] = {}
         self._graphs: DecodeGraphs | None = None
 
-    def record_decode(self, recorder: Recorder, *, max_rows: int, max_tokens: int) -> None:
-        """From now on batches of decodes alone are replayed. All ranks of the replica call this."""
+    def warm_up_decode(self, recorder: Recorder, *, max_rows: int, max_tokens: int) -> None:
+        """To be called by all ranks of the replica, which wait for each other; then record_decode."""
         assert self.kernels.append_roped is not None
         self._graphs = DecodeGraphs(
             self._forward,
@@ -139,10 +139,15 @@ class Runner:
             recorder=recorder,
         )
 
-    def check_recorded(self) -> None:
-        """Raises RuntimeError on a rank where recorded decode steps are off. All ranks call this."""
+    def record_decode(self) -> None:
+        """From now on batches of decodes alone are replayed. Waits for no other rank."""
         assert self._graphs is not None
-        self._graphs.check()
+        self._graphs.record()
+
+    def check_recorded(self) -> str:
+        """Where recorded decode steps are off on this rank, else "". All ranks call this."""
+        assert self._graphs is not None
+        return self._graphs.check()
 
     def forget_recorded(self) -> None:
         """At the end: NCCL's communicators wait for the graphs that hold their messages."""
@@ -189,12 +194,9 @@ class Runner:
 
     def _run_layers(self, plan: StepPlan) -> StepResult:
         """All parts through the same layers, in one pass."""
-        if (
-            self._graphs is not None
-            and not plan.pieces
-            and self._graphs.fit(token.home for token in plan.decode)
-        ):
-            return self._finish(plan, [self._replay(self._graphs, plan.decode)])
+        graphs = self._graphs if not plan.pieces else None
+        if graphs is not None and graphs.fit(token.home for token in plan.decode):
+            return self._finish(plan, [self._replay(graphs, plan.decode)])
         num_layers = self._forward.num_layers
         first, last = (
             (plan.pieces[0].first_layer, plan.pieces[0].last_layer) if plan.pieces else (0, num_layers)

@@ -161,6 +161,7 @@ def _time_trip(axis: Axis, other: int, x: Tensor, leads: bool, stamp: bool = Fal
     else:
         dist.recv(x, peer, group=axis.group)
         if stamp:
+            x[0].item()  # over NCCL it is not there yet
             x.fill_(time.time())
         dist.send(x, peer, group=axis.group)
     x[0].item()  # waits for a device
