@@ -13,7 +13,7 @@ from megatron_sps2.config import ParallelConfig, ScheduleConfig
 from megatron_sps2.engine.build import EngineConfig
 from megatron_sps2.engine.tokenizer import load_tokenizer
 from tests.ranks import run_ranks
-from tests.sharded_run import NUM_GENERATED, Prompt, logits_error, run_everything
+from tests.sharded_run import Prompt, logits_error, run_everything
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.busy, pytest.mark.timeout(900)]
 
@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 # Decode steps of more ranks than cores take up to a second each: these get fewer tokens, 9 or 12 ranks few.
 # 64 tokens at every layout: test_exactness.
 NUM_CORES, MANY_RANKS = 2, 9
-NUM_GENERATED_CROWDED, NUM_GENERATED_MANY = 24, 6
+NUM_GENERATED, NUM_GENERATED_CROWDED, NUM_GENERATED_MANY = 32, 24, 6
 # After 8,000 tokens, at three layouts.
 NUM_GENERATED_LONG = 16
 # (tp, sp) that are compared with transformers at 4,097 tokens; sp 1 and 4 are compared with sp 2 at 8,000.
