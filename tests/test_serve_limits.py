@@ -74,7 +74,7 @@ def await_idle(server: Server) -> None:
 def test_a_full_queue_answers_429_and_says_when_to_come_back(server: Server, client: httpx2.Client) -> None:
     with ThreadPoolExecutor(SEATS + QUEUE) as pool:
         held = [
-            pool.submit(client.post, "/v1/completions", json=body(3000, timeout=4))
+            pool.submit(client.post, "/v1/completions", json=body(9000, timeout=12))
             for _ in range(SEATS + QUEUE)
         ]
         while len(server.json("/live")["requests"]) < SEATS + QUEUE:
