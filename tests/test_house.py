@@ -157,6 +157,17 @@ def collection_threshold(module: str) -> int:
     )
 
 
+def test_a_command_looks_for_garbage_less_often() -> None:
+    code = """if True:
+        import gc, megatron_sps2.cli.main as cli
+        try:
+            cli.main(["--version"])
+        finally:
+            print(gc.get_threshold()[0])
+    """
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split()[-1] == "10000"
+
+
 def test_garbage_is_looked_for_less_often_in_our_processes_and_not_in_a_users() -> None:
     assert collection_threshold("megatron_sps2.cli.preload") == 10_000
     assert collection_threshold("megatron_sps2.llm") == 700

@@ -25,7 +25,6 @@ from megatron_sps2.cli.main import parse_args
 from megatron_sps2.cli.serve import _serve_config, check_serve
 from megatron_sps2.config import CacheConfig, ModelConfig, ParallelConfig, SamplingParams, ScheduleConfig
 from megatron_sps2.csa_setting import PRESETS
-from megatron_sps2.engine import device_memory
 from megatron_sps2.engine.build import EngineConfig, build_engine, make_cache
 from megatron_sps2.engine.device_memory import DeviceMemory
 from megatron_sps2.engine.dry_prefill import (
@@ -36,12 +35,11 @@ from megatron_sps2.engine.dry_prefill import (
 )
 from megatron_sps2.engine.engine import Engine
 from megatron_sps2.engine.fitting_cache import Room, fit_cache
-from megatron_sps2.engine.measured_cache import _refuse_shared_devices, paused_bytes, shared_device
+from megatron_sps2.engine.measured_cache import paused_bytes
 from megatron_sps2.engine.rank_memory import kv_layer_bytes, paused_row_bytes
 from megatron_sps2.model.gpt import GptForward
 from megatron_sps2.ops.append import append_roped
 from megatron_sps2.ops.kernel_set import TORCH
-from megatron_sps2.parallel.groups import ParallelGroups
 from megatron_sps2.simulator.shapes import SHAPES
 from tests.ranks import RankFailed, run_ranks
 from tests.tiny_llama import prompt, save_hf_llama
@@ -89,27 +87,6 @@ def test_less_than_one_request_is_refused_with_all_numbers() -> None:
     with pytest.raises(ValueError) as caught:
         fit_cache(config(kv_cache_dtype="fp8"), GIB, [Room(total=GIB, used=3 * GIB)])
     assert "has -2.10 GiB" in str(caught.value) and "fp8" not in str(caught.value)
-
-
-def test_ranks_that_share_a_device_are_told_to_say_the_size() -> None:
-    places = [("a", "cuda:0"), ("a", "cuda:1"), ("b", "cuda:0"), ("b", "cuda:1"), ("b", "cuda:0")]
-    assert shared_device(places[:4]) == ""
-    assert shared_device(places).startswith(
-        "ranks 2 and 4 share cuda:0 of b"
-    ) and "--kv-cache-gib" in shared_device(places)
-
-
-def refuse_shared(names: list[str]) -> None:
-    """On a rank, whose card has its place in `names`; the flag is the same on all."""
-    groups = ParallelGroups.create(ParallelConfig(sp_size=2))
-    with mock.patch.object(device_memory, "name_of", lambda _: names[groups.world.rank]):
-        _refuse_shared_devices(config(device="cuda", sp_size=2), groups.world)
-
-
-def test_ranks_tell_their_cards_apart_not_what_they_call_them() -> None:
-    run_ranks(2, refuse_shared, ["GPU-1", "GPU-2"])
-    with pytest.raises(RankFailed, match="ranks 0 and 1 share GPU-1 of"):
-        run_ranks(2, refuse_shared, ["GPU-1", "GPU-1"])
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, 1.01])

@@ -77,7 +77,9 @@ def test_a_full_queue_answers_429_and_says_when_to_come_back(server: Server, cli
             pool.submit(client.post, "/v1/completions", json=body(9000, timeout=12))
             for _ in range(SEATS + QUEUE)
         ]
+        end = time.monotonic() + 10
         while len(server.json("/live")["requests"]) < SEATS + QUEUE:
+            assert time.monotonic() < end, server.json("/live")
             time.sleep(0.05)
         refused = client.post("/v1/completions", json=body())
         assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1, refused.text

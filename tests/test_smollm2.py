@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,10 @@ NUM_GENERATED, NUM_GENERATED_CROWDED, NUM_GENERATED_MANY = 32, 24, 6
 NUM_GENERATED_LONG = 16
 # (tp, sp) that are compared with transformers at 4,097 tokens; sp 1 and 4 are compared with sp 2 at 8,000.
 READ_LONG = ((1, 2), (1, 3), (3, 2))
+# All lengths and 64 tokens at every layout: SPS2_THOROUGH=1 python -m pytest tests/test_smollm2.py
+IS_THOROUGH = "SPS2_THOROUGH" in os.environ
+if IS_THOROUGH:
+    NUM_GENERATED = NUM_GENERATED_CROWDED = NUM_GENERATED_MANY = 64
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +99,7 @@ def test_smollm2_equals_transformers(
     num_tokens = NUM_GENERATED if tp_size * sp_size <= NUM_CORES else NUM_GENERATED_CROWDED
     if tp_size * sp_size >= MANY_RANKS:
         num_tokens = NUM_GENERATED_MANY
-    if (tp_size, sp_size) not in READ_LONG:
+    if (tp_size, sp_size) not in READ_LONG and not IS_THOROUGH:
         prompts, logits, tokens = prompts[:-1], logits[:-1], tokens[:-1]
     results = run_ranks(tp_size * sp_size, run_everything, config, prompts, num_tokens, timeout_s=600)
     assert logits_error(results, logits, prompts) < TOLERANCE

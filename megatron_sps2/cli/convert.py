@@ -16,6 +16,7 @@ from megatron_sps2.config import ModelConfig
 
 
 def run(args: argparse.Namespace) -> int:
+    # Again in there, but only once torch is loaded.
     check_target(Path(args.source), Path(args.target), args.force)
     from checkpoints_tools.convert import convert
 

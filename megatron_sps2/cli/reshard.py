@@ -10,6 +10,7 @@ from megatron_sps2.cli.convert import bar, say
 
 
 def run(args: argparse.Namespace) -> int:
+    # Again in there, but only once torch is loaded.
     check_target(Path(args.source), Path(args.target), args.force)
     from checkpoints_tools.convert import reshard
 
